@@ -1,0 +1,46 @@
+# Every command of the house. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve check format test bench clean
+
+help:  ## List the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## Create .venv with every dependency at its pinned version
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[service,postgres,dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## Train a real model on four ranks, through the service
+	@exec $(BIN)/python examples/demo.py
+
+serve: $(STAMP)  ## Start the service on this machine, until Ctrl-C
+	@exec $(BIN)/syncbn serve
+
+check: $(STAMP)  ## Format, lint, types, import contracts (seconds)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-timings 2>/dev/null || $(BIN)/lint-imports
+
+format: $(STAMP)  ## Format the code and apply the safe lint fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: check  ## Set up, check, and run the whole suite
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+bench: $(STAMP)  ## Run the benchmarks; results go to benchmarks/results/
+	$(BIN)/python -m benchmarks.run_all
+
+clean:  ## Remove what the commands above made
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .demo

@@ -1,0 +1,236 @@
+"""A job, its attempts and what is known of them."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from service.domain.errors import InvalidTransition
+from service.domain.spec import JobSpec
+
+
+class JobStatus(StrEnum):
+    """Where a job stands."""
+
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the job has ended for good."""
+        return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+class AttemptStatus(StrEnum):
+    """Where an attempt stands."""
+
+    CREATED = "created"
+    LAUNCHED = "launched"
+    RUNNING = "running"
+    ENDED = "ended"
+    SEALED = "sealed"
+
+
+class Outcome(StrEnum):
+    """How an attempt ended."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"  # running it again would fail again
+    LOST = "lost"  # something under it went away
+    STOPPED = "stopped"  # asked to stop
+
+
+class Reason(StrEnum):
+    """Why a job's status changed, for programs to read."""
+
+    SUBMITTED = "submitted"
+    ADMITTED = "admitted"
+    ALL_RANKS_STEPPED = "all_ranks_stepped"
+    COMPLETED = "completed"
+    CANCEL_REQUESTED = "cancel_requested"
+    CANCELLED = "cancelled"
+    USER_ERROR = "user_error"
+    RANK_LOST = "rank_lost"
+    NODE_LOST = "node_lost"
+    SUPERVISOR_LOST = "supervisor_lost"
+    LAUNCH_FAILED = "launch_failed"
+    COLLECTIVE_FAILED = "collective_failed"
+    CHECKPOINT_FAILED = "checkpoint_failed"
+    SERVICE_STOPPED = "service_stopped"
+    TIMEOUT = "timeout"
+    RETRIES_EXHAUSTED = "retries_exhausted"
+
+
+TRANSITIONS: Mapping[JobStatus, frozenset[JobStatus]] = MappingProxyType(
+    {
+        JobStatus.QUEUED: frozenset({JobStatus.STARTING, JobStatus.CANCELLED}),
+        JobStatus.STARTING: frozenset(
+            {JobStatus.RUNNING, JobStatus.QUEUED, JobStatus.STOPPING, JobStatus.SUCCEEDED, JobStatus.FAILED}
+        ),
+        JobStatus.RUNNING: frozenset({JobStatus.QUEUED, JobStatus.STOPPING, JobStatus.SUCCEEDED, JobStatus.FAILED}),
+        JobStatus.STOPPING: frozenset({JobStatus.CANCELLED, JobStatus.SUCCEEDED, JobStatus.FAILED}),
+        JobStatus.SUCCEEDED: frozenset(),
+        JobStatus.FAILED: frozenset(),
+        JobStatus.CANCELLED: frozenset(),
+    }
+)
+
+
+def check_transition(before: JobStatus, after: JobStatus) -> None:
+    """Refuse a change of status that the life of a job does not have.
+
+    Raises:
+        InvalidTransition: ``after`` does not follow ``before``.
+    """
+    if after not in TRANSITIONS[before]:
+        raise InvalidTransition(f"A job that is {before} cannot become {after}.")
+
+
+class Record(BaseModel):
+    """Base of what the store returns and the API shows: immutable values."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Failure(Record):
+    """The first error of an attempt.
+
+    Attributes:
+        rank: which rank met it; None where no rank did.
+        error_type: class of the exception, or the signal.
+        message: what it says.
+        traceback: of the rank's process, where there was one.
+    """
+
+    rank: int | None = None
+    error_type: str
+    message: str
+    traceback: str | None = None
+
+
+class Job(Record):
+    """A job as the store knows it.
+
+    Attributes:
+        reason: why it has its status.
+        message: the same in words.
+        attempt: number of the current or last attempt; 0 before the first.
+        retries_used: attempts that were lost and counted against ``spec.retry.budget``.
+        step: optimizer steps done, along the line of attempts that counts.
+        num_steps: steps of the whole job, where known.
+        cancel_requested: a cancel was asked for and not yet carried out.
+        running_s: time spent running in ended attempts, in seconds.
+    """
+
+    id: str
+    spec: JobSpec
+    status: JobStatus
+    reason: Reason
+    message: str
+    attempt: int
+    retries_used: int
+    step: int
+    num_steps: int | None
+    cancel_requested: bool
+    running_s: float
+    failure: Failure | None
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+
+
+class Attempt(Record):
+    """One try at running a job.
+
+    Attributes:
+        number: from 1; the fencing token of everything it writes.
+        node_ids: the node of each rank, in the order of ranks.
+        last_sequence: the last journal record taken into the store; 0 before the first.
+        resumed_from_step: step of the checkpoint it started from; 0 from the beginning; None before it said so.
+        stop_reason: why it was asked to stop, if it was.
+    """
+
+    job_id: str
+    number: int
+    status: AttemptStatus
+    world_size: int
+    node_ids: tuple[str, ...]
+    last_sequence: int
+    resumed_from_step: int | None
+    stop_reason: Reason | None
+    outcome: Outcome | None
+    reason: Reason | None
+    failure: Failure | None
+    created_at: datetime
+    running_at: datetime | None
+    ended_at: datetime | None
+
+
+class Event(Record):
+    """A change in the life of a job.
+
+    Attributes:
+        position: place in the job's feed, shared with its metrics; grows, and never skips a late commit.
+        kind: such as ``status`` or ``checkpoint``.
+        data: what the kind carries.
+    """
+
+    position: int
+    time: datetime
+    kind: str
+    attempt: int
+    reason: Reason | None
+    message: str
+    data: dict[str, Any]
+
+
+class MetricPoint(Record):
+    """One value of one metric at one step.
+
+    Attributes:
+        position: place in the job's feed; the metrics of one report share it.
+        name: such as ``train/loss``.
+        value: None where it is not a finite number; ``nonfinite`` then says which.
+    """
+
+    position: int
+    attempt: int
+    step: int
+    name: str
+    value: float | None
+    nonfinite: str | None = None
+
+
+class CheckpointFile(Record):
+    """A file of a checkpoint."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class Checkpoint(Record):
+    """A committed checkpoint.
+
+    Attributes:
+        path: directory, relative to the run storage's root.
+        manifest_sha256: hash of ``manifest.json``, which holds those of all other files.
+        metrics: the values reported with it.
+    """
+
+    job_id: str
+    attempt: int
+    step: int
+    path: str
+    manifest_sha256: str
+    files: tuple[CheckpointFile, ...]
+    metrics: dict[str, float]
+    created_at: datetime

@@ -1,0 +1,142 @@
+"""The journal: the append-only, sequence-numbered record of what an attempt reported."""
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from service.domain.job import CheckpointFile, Failure, Outcome, Reason
+
+
+class Report(BaseModel):
+    """Base of what is reported: the body of a journal record."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Launched(Report):
+    """The supervisor runs and has taken the attempt's launch marker."""
+
+    kind: Literal["launched"] = "launched"
+    supervisor_pid: int
+
+
+class CheckpointQuarantined(Report):
+    """A checkpoint failed its verification and is not used."""
+
+    kind: Literal["checkpoint_quarantined"] = "checkpoint_quarantined"
+    step: int
+    message: str
+
+
+class Resumed(Report):
+    """The attempt continues from a checkpoint (step 0: from the beginning); what came after that is superseded."""
+
+    kind: Literal["resumed"] = "resumed"
+    step: int
+
+
+class Placed(Report):
+    """All ranks have a process."""
+
+    kind: Literal["placed"] = "placed"
+    node_ids: tuple[str, ...]
+    pids: tuple[int, ...]
+
+
+class Running(Report):
+    """All ranks have joined the process group and taken a step."""
+
+    kind: Literal["running"] = "running"
+    num_steps: int
+
+
+class Metrics(Report):
+    """Values of a step; computed over all ranks.
+
+    Attributes:
+        values: the finite ones.
+        nonfinite: the others, as ``nan``, ``inf`` or ``-inf``.
+    """
+
+    kind: Literal["metrics"] = "metrics"
+    step: int
+    values: dict[str, float]
+    nonfinite: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, step: int, values: Mapping[str, float]) -> "Metrics":
+        """Sort values into finite and non-finite ones."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        others = {name: str(float(value)) for name, value in values.items() if name not in finite}
+        return cls(step=step, values=finite, nonfinite=others)
+
+
+class CheckpointWritten(Report):
+    """A checkpoint lies whole in run storage, and so does all that was reported up to its step."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    step: int
+    path: str
+    manifest_sha256: str
+    files: tuple[CheckpointFile, ...]
+    metrics: dict[str, float]
+
+
+class Warned(Report):
+    """Something that the owner of the job should know and that did not stop it."""
+
+    kind: Literal["warning"] = "warning"
+    message: str
+    rank: int | None = None
+
+
+class Ended(Report):
+    """The attempt ended; the last record."""
+
+    kind: Literal["ended"] = "ended"
+    outcome: Outcome
+    reason: Reason
+    message: str
+    step: int
+    failure: Failure | None = None
+
+
+AnyReport = Annotated[
+    Launched | CheckpointQuarantined | Resumed | Placed | Running | Metrics | CheckpointWritten | Warned | Ended,
+    Field(discriminator="kind"),
+]
+
+
+class JournalRecord(BaseModel):
+    """A report with its place in the journal.
+
+    Attributes:
+        sequence: from 1, without gaps.
+        time: when the supervisor took it in, UTC.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sequence: int
+    time: datetime
+    report: AnyReport
+
+
+_REPORT: TypeAdapter[AnyReport] = TypeAdapter(AnyReport)
+
+
+def parse_report(data: str | bytes) -> AnyReport:
+    """Read a report from its JSON.
+
+    Raises:
+        pydantic.ValidationError: it is none.
+    """
+    return _REPORT.validate_json(data)
+
+
+def utc_now() -> datetime:
+    """Return the time, timezone-aware, UTC."""
+    return datetime.now(UTC)

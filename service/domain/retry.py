@@ -1,0 +1,48 @@
+"""What becomes of a job when its attempt ends; a pure decision."""
+
+from dataclasses import dataclass
+
+from service.domain.job import JobStatus, Outcome, Reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextStep:
+    """The status that a job takes when its attempt ended.
+
+    Attributes:
+        status: what it becomes.
+        reason: why.
+        costs_retry: whether a retry is used up.
+    """
+
+    status: JobStatus
+    reason: Reason
+    costs_retry: bool = False
+
+
+def after_attempt(
+    *, outcome: Outcome, reason: Reason, status: JobStatus, retries_used: int, retry_budget: int
+) -> NextStep:
+    """Decide what follows an attempt.
+
+    Args:
+        outcome: how it ended.
+        reason: why.
+        status: the job's present status: starting, running or stopping.
+        retries_used: retries spent so far.
+        retry_budget: retries that the job may spend.
+    """
+    if outcome is Outcome.SUCCEEDED:
+        return NextStep(status=JobStatus.SUCCEEDED, reason=reason)
+    if outcome is Outcome.STOPPED and reason is Reason.TIMEOUT:
+        return NextStep(status=JobStatus.FAILED, reason=reason)
+    if status is JobStatus.STOPPING:
+        # Asked to stop: whatever ended it, it is not run again.
+        return NextStep(status=JobStatus.CANCELLED, reason=Reason.CANCELLED)
+    if outcome is Outcome.FAILED:
+        return NextStep(status=JobStatus.FAILED, reason=reason)
+    if reason is Reason.SERVICE_STOPPED:
+        return NextStep(status=JobStatus.QUEUED, reason=reason)
+    if retries_used >= retry_budget:
+        return NextStep(status=JobStatus.FAILED, reason=Reason.RETRIES_EXHAUSTED)
+    return NextStep(status=JobStatus.QUEUED, reason=reason, costs_retry=True)

@@ -1,0 +1,217 @@
+"""Attempts: created, stopped, sealed; and the guard that refuses all but the current one."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Row
+
+from service.domain.errors import StaleWrite
+from service.domain.job import Attempt, AttemptStatus, Failure, JobStatus, Outcome, Reason
+from service.domain.ports import LiveAttempt
+from service.domain.retry import after_attempt
+from service.store.jobs import LockedJob, failure_of, failure_row, job_of
+from service.store.tables import attempts, jobs
+
+
+def create_attempt(
+    connection: Connection, locked: LockedJob, node_ids: Sequence[str], time: datetime
+) -> Attempt | None:
+    """Move a queued job to starting with a new attempt; None if it is not queued."""
+    if locked.job.status is not JobStatus.QUEUED:
+        return None
+    number = locked.job.attempt + 1
+    connection.execute(
+        sa.insert(attempts),
+        {
+            "job_number": locked.number,
+            "number": number,
+            "status": AttemptStatus.CREATED,
+            "world_size": len(node_ids),
+            "node_ids": list(node_ids),
+            "last_sequence": 0,
+            "created_at": time,
+        },
+    )
+    locked.change(attempt=number)
+    message = f"Placed on {len(node_ids)} worker(s); starting."
+    locked.move(JobStatus.STARTING, Reason.ADMITTED, message, time=time)
+    locked.add_event(
+        "attempt_created",
+        f"Attempt {number} created.",
+        time=time,
+        data={"world_size": len(node_ids), "node_ids": list(node_ids)},
+    )
+    return attempt_of(locked.job.id, _attempt_row(connection, locked, number))
+
+
+def current_attempt(connection: Connection, locked: LockedJob, number: int) -> Attempt:
+    """Return an attempt that may write, the job being locked.
+
+    Raises:
+        StaleWrite: it is not the job's current one, or sealed.
+    """
+    if number != locked.job.attempt or number == 0:
+        raise StaleWrite(
+            f"Attempt {number} of job {locked.job.id} is not its current one, which is {locked.job.attempt}."
+        )
+    attempt = attempt_of(locked.job.id, _attempt_row(connection, locked, number))
+    if attempt.status is AttemptStatus.SEALED:
+        raise StaleWrite(f"Attempt {number} of job {locked.job.id} is sealed: nothing more is taken from it.")
+    return attempt
+
+
+def update_attempt(connection: Connection, locked: LockedJob, number: int, **values: object) -> None:
+    """Write columns of an attempt whose job is locked."""
+    connection.execute(sa.update(attempts).where(*_is(locked, number)), values)
+
+
+def list_attempts(connection: Connection, job_id: str, number: int) -> tuple[Attempt, ...]:
+    """Return the attempts of a job, in order."""
+    rows = connection.execute(sa.select(attempts).where(attempts.c.job_number == number).order_by(attempts.c.number))
+    return tuple(attempt_of(job_id, row) for row in rows)
+
+
+def list_live(connection: Connection) -> tuple[LiveAttempt, ...]:
+    """Return the attempts that are not sealed, with their jobs, oldest job first."""
+    live = attempts.c.status != sa.literal_column("'sealed'")  # written out, as the partial index has it
+    rows = connection.execute(sa.select(attempts).where(live).order_by(attempts.c.job_number, attempts.c.number)).all()
+    owners = {
+        row.number: job_of(row)
+        for row in connection.execute(
+            sa.select(jobs).where(jobs.c.number.in_(sa.select(attempts.c.job_number).where(live)))
+        )
+    }
+    return tuple(
+        LiveAttempt(job=owners[row.job_number], attempt=attempt_of(owners[row.job_number].id, row)) for row in rows
+    )
+
+
+def mark_stopping(connection: Connection, locked: LockedJob, attempt: Attempt, reason: Reason, time: datetime) -> None:
+    """Note that an attempt was asked to stop; its job becomes stopping unless the service stops.
+
+    A job that is stopping keeps the first reason for it.
+    """
+    if locked.job.status is JobStatus.STOPPING or attempt.stop_reason is reason:
+        return
+    update_attempt(connection, locked, attempt.number, stop_reason=reason)
+    if reason is Reason.SERVICE_STOPPED:
+        locked.add_event("stop_requested", "Asked to stop: the service stops.", time=time, reason=reason)
+    else:
+        locked.move(JobStatus.STOPPING, reason, f"Asked to stop: {_words(reason)}.", time=time)
+
+
+def seal_attempt(
+    connection: Connection,
+    locked: LockedJob,
+    number: int,
+    *,
+    outcome: Outcome,
+    reason: Reason,
+    failure: Failure | None,
+    time: datetime,
+) -> None:
+    """End and seal an attempt and move its job on; nothing if it is sealed already.
+
+    Raises:
+        StaleWrite: the job has no such attempt.
+    """
+    row = connection.execute(sa.select(attempts).where(*_is(locked, number))).one_or_none()
+    if row is None:
+        raise StaleWrite(f"Job {locked.job.id} has no attempt {number}; its last one is {locked.job.attempt}.")
+    if row.status == AttemptStatus.SEALED:
+        return
+    failure = failure or failure_of(row.failure)
+    update_attempt(
+        connection,
+        locked,
+        number,
+        status=AttemptStatus.SEALED,
+        outcome=outcome,
+        reason=reason,
+        failure=failure_row(failure),
+        ended_at=row.ended_at or time,
+    )
+    if row.ended_at is None:
+        locked.add_event(
+            "ended", f"Attempt {number} ended: {_words(reason)}.", time=time, reason=reason, data={"outcome": outcome}
+        )
+    if row.running_at is not None:
+        # Where it did not say when it ended, its last report is the last proof that it ran: what followed may have
+        # been an outage, which is not charged to the job's time.
+        ran_s = ((row.ended_at or row.reported_at) - row.running_at).total_seconds()
+        locked.change(running_s=locked.job.running_s + max(0.0, ran_s))
+    _move_on(locked, outcome=outcome, reason=reason, failure=failure, said=row.message, time=time)
+
+
+def _move_on(
+    locked: LockedJob, *, outcome: Outcome, reason: Reason, failure: Failure | None, said: str | None, time: datetime
+) -> None:
+    job = locked.job
+    following = after_attempt(
+        outcome=outcome,
+        reason=reason,
+        # Asked to cancel but not yet told to stop: the wish counts, whatever ended the attempt.
+        status=JobStatus.STOPPING if job.cancel_requested else job.status,
+        retries_used=job.retries_used,
+        retry_budget=job.spec.retry.budget,
+    )
+    if following.costs_retry:
+        locked.change(retries_used=job.retries_used + 1)
+    if following.status is JobStatus.FAILED:
+        locked.change(failure=failure)
+        message = _describe(failure) if failure else said or f"Attempt {job.attempt} ended: {_words(reason)}."
+        if following.reason is Reason.RETRIES_EXHAUSTED:
+            message = f"Lost attempt {job.attempt} ({_words(reason)}), with no retry left. {message}"
+    elif following.status is JobStatus.QUEUED:
+        message = f"Attempt {job.attempt} ended: {_words(reason)}. Waits to be placed again."
+    elif following.status is JobStatus.CANCELLED:
+        message = "Cancelled."
+        if job.status is not JobStatus.STOPPING:
+            locked.move(
+                JobStatus.STOPPING,
+                Reason.CANCEL_REQUESTED,
+                f"Asked to stop: {_words(Reason.CANCEL_REQUESTED)}.",
+                time=time,
+            )
+    else:
+        message = said or "Completed."
+    locked.move(following.status, following.reason, message, time=time)
+
+
+def _describe(failure: Failure) -> str:
+    where = "" if failure.rank is None else f"Rank {failure.rank}: "
+    return f"{where}{failure.error_type}: {failure.message}"
+
+
+def _words(reason: Reason) -> str:
+    return reason.value.replace("_", " ")
+
+
+def attempt_of(job_id: str, row: Row[Any]) -> Attempt:
+    """Return the attempt that a row holds."""
+    return Attempt(
+        job_id=job_id,
+        number=row.number,
+        status=AttemptStatus(row.status),
+        world_size=row.world_size,
+        node_ids=row.node_ids,
+        last_sequence=row.last_sequence,
+        resumed_from_step=row.resumed_from_step,
+        stop_reason=None if row.stop_reason is None else Reason(row.stop_reason),
+        outcome=None if row.outcome is None else Outcome(row.outcome),
+        reason=None if row.reason is None else Reason(row.reason),
+        failure=failure_of(row.failure),
+        created_at=row.created_at,
+        running_at=row.running_at,
+        ended_at=row.ended_at,
+    )
+
+
+def _attempt_row(connection: Connection, locked: LockedJob, number: int) -> Row[Any]:
+    return connection.execute(sa.select(attempts).where(*_is(locked, number))).one()
+
+
+def _is(locked: LockedJob, number: int) -> tuple[sa.ColumnElement[bool], ...]:
+    return attempts.c.job_number == locked.number, attempts.c.number == number

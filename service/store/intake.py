@@ -1,0 +1,201 @@
+"""What the records of a journal do to the rows of their job."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sqlalchemy.engine import Connection
+
+from service.domain.job import Attempt, AttemptStatus, JobStatus, Reason
+from service.domain.journal import (
+    CheckpointQuarantined,
+    CheckpointWritten,
+    Ended,
+    JournalRecord,
+    Launched,
+    Metrics,
+    Placed,
+    Resumed,
+    Running,
+    Warned,
+)
+from service.store import checkpoints, metrics
+from service.store.attempts import update_attempt
+from service.store.jobs import LockedJob, failure_row
+
+
+def take_in(connection: Connection, locked: LockedJob, attempt: Attempt, records: Sequence[JournalRecord]) -> None:
+    """Take in the records that follow the attempt's last one; those before it are skipped.
+
+    Args:
+        connection: in a transaction for writing.
+        locked: the job.
+        attempt: its current one.
+        records: in order of sequence.
+
+    Raises:
+        ValueError: a record is missing between them.
+    """
+    new = list(_new_records(attempt, records))
+    if not new:
+        return
+    intake = _Intake(connection, locked, attempt)
+    for record in new:
+        intake.take(record)
+    intake.write(last=new[-1])
+
+
+def _new_records(attempt: Attempt, records: Sequence[JournalRecord]) -> Iterator[JournalRecord]:
+    last = attempt.last_sequence
+    for record in records:
+        if record.sequence <= last:
+            continue
+        if record.sequence != last + 1:
+            raise ValueError(
+                f"The journal of attempt {attempt.number} of job {attempt.job_id} goes from record {last} "
+                f"to {record.sequence}."
+            )
+        last = record.sequence
+        yield record
+
+
+class _Intake:
+    """The effect of records, one after another; rows of points are gathered and written together."""
+
+    def __init__(self, connection: Connection, locked: LockedJob, attempt: Attempt) -> None:
+        self._connection = connection
+        self._locked = locked
+        self._number = attempt.number
+        self._status = attempt.status
+        self._running_at = attempt.running_at
+        self._changes: dict[str, Any] = {}
+        self._points: list[dict[str, Any]] = []
+
+    def take(self, record: JournalRecord) -> None:
+        """Take in one record."""
+        match record.report:
+            case Launched() as report:
+                self._advance(AttemptStatus.LAUNCHED)
+                self._event("launched", "The supervisor runs.", record, supervisor_pid=report.supervisor_pid)
+            case Placed() as report:
+                self._changes["node_ids"] = list(report.node_ids)
+                message = f"{len(report.pids)} worker(s) have a process."
+                self._event("placed", message, record, node_ids=list(report.node_ids), pids=list(report.pids))
+            case CheckpointQuarantined() as report:
+                checkpoints.quarantine(self._connection, self._locked.number, report.step)
+                self._event("checkpoint_quarantined", report.message, record, step=report.step)
+            case Resumed() as report:
+                self._take_resumed(report, record)
+            case Running() as report:
+                self._take_running(report, record)
+            case Metrics() as report:
+                self._take_metrics(report, record)
+            case CheckpointWritten() as report:
+                self._take_checkpoint(report, record)
+            case Warned() as report:
+                self._event("warning", report.message, record, rank=report.rank)
+            case Ended() as report:
+                self._take_ended(report, record)
+
+    def write(self, *, last: JournalRecord) -> None:
+        """Write what was gathered, and how far the journal was taken in."""
+        self._write_points()
+        update_attempt(
+            self._connection,
+            self._locked,
+            self._number,
+            status=self._status,
+            last_sequence=last.sequence,
+            reported_at=last.time,
+            **self._changes,
+        )
+
+    def _take_resumed(self, report: Resumed, record: JournalRecord) -> None:
+        self._write_points()
+        metrics.supersede_beyond(self._connection, self._locked.number, report.step)
+        checkpoints.supersede_beyond(self._connection, self._locked.number, report.step)
+        self._changes["resumed_from_step"] = report.step
+        self._locked.change(step=report.step)
+        message = f"Continues from the checkpoint of step {report.step}." if report.step else "Starts at the beginning."
+        self._event("resumed", message, record, step=report.step)
+
+    def _take_running(self, report: Running, record: JournalRecord) -> None:
+        self._advance(AttemptStatus.RUNNING)
+        if self._running_at is None:
+            self._running_at = record.time
+            self._changes["running_at"] = record.time
+        job = self._locked.job
+        self._locked.change(num_steps=report.num_steps, started_at=job.started_at or record.time)
+        if job.status is JobStatus.STARTING:
+            self._locked.move(JobStatus.RUNNING, Reason.ALL_RANKS_STEPPED, "Every rank trains.", time=record.time)
+
+    def _take_metrics(self, report: Metrics, record: JournalRecord) -> None:
+        names = [*report.values, *report.nonfinite]
+        if not names:
+            return
+        if report.step <= self._locked.job.step:
+            # Only here can the step have been reported before: no point beyond the job's step counts.
+            self._write_points()
+            metrics.supersede_at(self._connection, self._locked.number, report.step, names)
+        position = self._locked.next_position()
+        self._points += [
+            {
+                "job_number": self._locked.number,
+                "attempt": self._number,
+                "sequence": record.sequence,
+                "name": name,
+                "position": position,
+                "step": report.step,
+                "value": report.values.get(name),
+                "nonfinite": report.nonfinite.get(name),
+                "superseded": False,
+            }
+            for name in names
+        ]
+        self._reach(report.step)
+
+    def _take_checkpoint(self, report: CheckpointWritten, record: JournalRecord) -> None:
+        checkpoints.commit_checkpoint(self._connection, self._locked.number, self._number, report, record.time)
+        self._reach(report.step)
+        self._event(
+            "checkpoint",
+            f"Checkpoint of step {report.step}.",
+            record,
+            step=report.step,
+            path=report.path,
+            manifest_sha256=report.manifest_sha256,
+            metrics=report.metrics,
+        )
+
+    def _take_ended(self, report: Ended, record: JournalRecord) -> None:
+        self._advance(AttemptStatus.ENDED)
+        self._changes.update(
+            outcome=report.outcome,
+            reason=report.reason,
+            message=report.message,
+            failure=failure_row(report.failure),
+            ended_at=record.time,
+        )
+        self._reach(report.step)
+        failed_rank = report.failure.rank if report.failure else None
+        self._locked.add_event(
+            "ended",
+            report.message,
+            time=record.time,
+            reason=report.reason,
+            data={"outcome": report.outcome, "step": report.step, "rank": failed_rank},
+        )
+
+    def _advance(self, status: AttemptStatus) -> None:
+        order = list(AttemptStatus)
+        self._status = max(self._status, status, key=order.index)
+
+    def _reach(self, step: int) -> None:
+        if step > self._locked.job.step:
+            self._locked.change(step=step)
+
+    def _event(self, kind: str, message: str, record: JournalRecord, **data: object) -> None:
+        self._locked.add_event(kind, message, time=record.time, data=data)
+
+    def _write_points(self) -> None:
+        metrics.insert_points(self._connection, self._points)
+        self._points = []

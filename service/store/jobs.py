@@ -1,0 +1,298 @@
+"""Jobs: their rows, pages and queue, and the lock under which one changes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Row
+
+from service.domain.errors import InvalidTransition, NotFound
+from service.domain.job import Failure, Job, JobStatus, Reason, check_transition
+from service.domain.ports import JobPage
+from service.domain.spec import JobSpec
+from service.store import feed
+from service.store.cursor import decode_cursor, encode_cursor
+from service.store.tables import job_labels, jobs
+
+_QUEUED = jobs.c.status == sa.literal_column("'queued'")  # written out, as the partial index of the queue has it
+_STORED_AS_IS = frozenset(Job.model_fields) - {"id", "spec", "failure"}
+
+
+class LockedJob:
+    """A job under its row's lock: what happens to it is numbered here, and its row written once at the end.
+
+    Attributes:
+        job: as it will be once the transaction is committed.
+        number: of its row.
+    """
+
+    def __init__(self, connection: Connection, row: Row[Any]) -> None:
+        self.job = job_of(row)
+        self.number: int = row.number
+        self._connection = connection
+        self._first_position: int = row.position
+        self._position: int = row.position
+        self._changes: dict[str, Any] = {}
+        self._events: list[dict[str, Any]] = []
+
+    def change(self, **values: object) -> None:
+        """Give fields of the job new values."""
+        self.job = self.job.model_copy(update=values)
+        self._changes.update(values)
+
+    def next_position(self) -> int:
+        """Return the next place in the job's feed."""
+        self._position += 1
+        return self._position
+
+    def add_event(
+        self,
+        kind: str,
+        message: str,
+        *,
+        time: datetime,
+        reason: Reason | None = None,
+        data: Mapping[str, object] = MappingProxyType({}),
+    ) -> None:
+        """Note that something happened, in the job's present attempt."""
+        self._events.append(
+            {
+                "job_number": self.number,
+                "position": self.next_position(),
+                "time": time,
+                "kind": kind,
+                "attempt": self.job.attempt,
+                "reason": reason,
+                "message": message,
+                "data": dict(data),
+            }
+        )
+
+    def move(self, status: JobStatus, reason: Reason, message: str, *, time: datetime) -> None:
+        """Change the status.
+
+        Raises:
+            InvalidTransition: the life of a job has no such change.
+        """
+        check_transition(self.job.status, status)
+        self.add_event("status", message, time=time, reason=reason, data={"from": self.job.status, "to": status})
+        self.change(status=status, reason=reason, message=message)
+        if status.is_terminal:
+            self.change(ended_at=time, cancel_requested=False)
+
+    def write(self) -> None:
+        """Write what changed, if anything did."""
+        if self._position == self._first_position and not self._changes:
+            return
+        feed.insert_events(self._connection, self._events)
+        values = {name: value for name, value in self._changes.items() if name in _STORED_AS_IS}
+        if "failure" in self._changes:
+            values["failure"] = failure_row(self.job.failure)
+        values["position"] = self._position
+        self._connection.execute(sa.update(jobs).where(jobs.c.number == self.number), values)
+
+
+@contextmanager
+def locked_job(connection: Connection, job_id: str) -> Iterator[LockedJob]:
+    """Hold a job's lock to the end of the transaction; what changed is written when the body ends.
+
+    Raises:
+        NotFound: no such job.
+    """
+    locked = LockedJob(connection, _job_row(connection, job_id, for_update=True))
+    yield locked
+    locked.write()
+
+
+def insert_job(connection: Connection, job_id: str, spec: JobSpec, time: datetime) -> Job:
+    """Store a new job as queued, with its first event."""
+    message = "Waits to be placed."
+    number = connection.execute(
+        sa.insert(jobs).returning(jobs.c.number),
+        {
+            "id": job_id,
+            "name": spec.name,
+            "priority": spec.priority,
+            "spec": spec.model_dump_json(),
+            "status": JobStatus.QUEUED,
+            "reason": Reason.SUBMITTED,
+            "message": message,
+            "attempt": 0,
+            "retries_used": 0,
+            "step": 0,
+            "num_steps": spec.num_steps,
+            "cancel_requested": False,
+            "running_s": 0.0,
+            "position": 1,
+            "created_at": time,
+        },
+    ).scalar_one()
+    if spec.labels:
+        connection.execute(
+            sa.insert(job_labels),
+            [{"job_number": number, "key": key, "value": value} for key, value in spec.labels.items()],
+        )
+    first = {
+        "job_number": number,
+        "position": 1,
+        "time": time,
+        "kind": "status",
+        "attempt": 0,
+        "reason": Reason.SUBMITTED,
+        "message": message,
+        "data": {"from": None, "to": JobStatus.QUEUED},
+    }
+    feed.insert_events(connection, [first])
+    return get_job(connection, job_id)
+
+
+def get_job(connection: Connection, job_id: str) -> Job:
+    """Return a job.
+
+    Raises:
+        NotFound: no such job.
+    """
+    return job_of(_job_row(connection, job_id))
+
+
+def find_number(connection: Connection, job_id: str) -> int:
+    """Return the number of a job's row.
+
+    Raises:
+        NotFound: no such job.
+    """
+    number = connection.execute(sa.select(jobs.c.number).where(jobs.c.id == job_id)).scalar_one_or_none()
+    if number is None:
+        raise _not_found(job_id)
+    return int(number)
+
+
+def list_page(
+    connection: Connection,
+    *,
+    statuses: Sequence[JobStatus],
+    name: str | None,
+    labels: Sequence[tuple[str, str]],
+    limit: int,
+    cursor: str | None,
+) -> JobPage:
+    """Return a page of the jobs that match everything given, newest first.
+
+    Raises:
+        InvalidCursor: ``cursor`` is none of ours.
+    """
+    conditions: list[sa.ColumnElement[bool]] = []
+    number: sa.ColumnElement[int] = jobs.c.number
+    source: sa.FromClause = jobs
+    for place, (key, value) in enumerate(labels):
+        labelled = job_labels.alias()
+        conditions += [labelled.c.key == key, labelled.c.value == value]
+        source = source.join(labelled, labelled.c.job_number == jobs.c.number)
+        if place == 0:  # its index has the jobs with a label in order
+            number = labelled.c.job_number
+    if cursor is not None:
+        conditions.append(number < decode_cursor(cursor))
+    if name is not None:
+        conditions.append(jobs.c.name == name)
+    # Each status by itself is a range of an index, in order; a set of them would have to be sorted.
+    ranges = [
+        sa.select(number.label("number"))
+        .select_from(source)
+        .where(*conditions, *([] if status is None else [jobs.c.status == status]))
+        .order_by(number.desc())
+        .limit(limit + 1)
+        .subquery()
+        for status in dict.fromkeys(statuses or (None,))
+    ]
+    numbers = sa.union_all(*(sa.select(found.c.number) for found in ranges))
+    rows = connection.execute(
+        sa.select(jobs).where(jobs.c.number.in_(numbers)).order_by(jobs.c.number.desc()).limit(limit + 1)
+    ).all()
+    shown = rows[:limit]
+    return JobPage(
+        jobs=tuple(job_of(row) for row in shown),
+        next_cursor=encode_cursor(shown[-1].number) if len(rows) > limit else None,
+    )
+
+
+def list_queue(connection: Connection, limit: int) -> tuple[Job, ...]:
+    """Return queued jobs: highest priority first, then first come."""
+    query = sa.select(jobs).where(_QUEUED).order_by(jobs.c.priority.desc(), jobs.c.number).limit(limit)
+    return tuple(job_of(row) for row in connection.execute(query))
+
+
+def request_cancel(locked: LockedJob, time: datetime) -> Job:
+    """Cancel a queued job; note for one that is starting or running that it was asked for.
+
+    Raises:
+        InvalidTransition: it has already succeeded or failed.
+    """
+    job = locked.job
+    if job.status is JobStatus.QUEUED:
+        locked.move(JobStatus.CANCELLED, Reason.CANCELLED, "Cancelled before it was placed.", time=time)
+    elif job.status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
+        raise InvalidTransition(f"Job {job.id} has already {job.status}; there is nothing left to cancel.")
+    elif job.status in (JobStatus.STARTING, JobStatus.RUNNING) and not job.cancel_requested:
+        locked.change(cancel_requested=True)
+        locked.add_event("cancel_requested", "Asked to cancel.", time=time, reason=Reason.CANCEL_REQUESTED)
+    return locked.job
+
+
+def set_message(connection: Connection, job_id: str, message: str) -> None:
+    """Say why a queued job waits; nothing if it is not queued or says so already."""
+    connection.execute(
+        sa.update(jobs).where(jobs.c.id == job_id, _QUEUED, jobs.c.message != message).values(message=message)
+    )
+
+
+def job_of(row: Row[Any]) -> Job:
+    """Return the job that a row holds."""
+    return Job(
+        id=row.id,
+        spec=_spec_of(row.spec),
+        status=JobStatus(row.status),
+        reason=Reason(row.reason),
+        message=row.message,
+        attempt=row.attempt,
+        retries_used=row.retries_used,
+        step=row.step,
+        num_steps=row.num_steps,
+        cancel_requested=row.cancel_requested,
+        running_s=row.running_s,
+        failure=failure_of(row.failure),
+        created_at=row.created_at,
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+    )
+
+
+def failure_of(data: object) -> Failure | None:
+    """Return the failure that a column holds."""
+    return None if data is None else Failure.model_validate(data)
+
+
+def failure_row(failure: Failure | None) -> dict[str, Any] | None:
+    """Return what a column holds of a failure."""
+    return None if failure is None else failure.model_dump()
+
+
+@lru_cache(maxsize=4096)
+def _spec_of(data: str) -> JobSpec:
+    # The scheduler reads the same queue again and again; a specification never changes.
+    return JobSpec.model_validate_json(data)
+
+
+def _job_row(connection: Connection, job_id: str, *, for_update: bool = False) -> Row[Any]:
+    query = sa.select(jobs).where(jobs.c.id == job_id)
+    row = connection.execute(query.with_for_update() if for_update else query).one_or_none()
+    if row is None:
+        raise _not_found(job_id)
+    return row
+
+
+def _not_found(job_id: str) -> NotFound:
+    return NotFound(f"There is no job {job_id!r}. List jobs to see their ids.")

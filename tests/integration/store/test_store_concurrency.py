@@ -1,0 +1,204 @@
+"""Threads and processes on one database. A failure here is a race: a promise kept alone and broken together."""
+
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from service.domain.errors import StaleWrite, Unavailable
+from service.domain.job import JobStatus, Outcome, Reason
+from service.store import SqlStore
+from service.store.engine import create_engine
+from tests.contract.store_examples import lead, loss, make_key, make_spec, records, run
+
+
+def at_once(num_threads, call):
+    """Call with 0, 1, … from as many threads, started together; the results in that order."""
+    barrier = threading.Barrier(num_threads)
+
+    def wait_and_call(place):
+        barrier.wait(timeout=30)
+        return call(place)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(wait_and_call, range(num_threads)))
+
+
+def test_a_request_that_is_repeated_at_once_makes_one_job(store):
+    for key in ("a", "b", "c"):
+        results = at_once(8, lambda _, key=key: store.submit(make_spec(), key=make_key(key=key)))
+        assert len({job.id for job, _ in results}) == 1
+        assert [created for _, created in results].count(True) == 1
+    assert len(store.list_jobs().jobs) == 3
+
+
+def test_one_of_two_claimers_gets_the_job(database_url, store):
+    lease = lead(store)
+    other = SqlStore(database_url)
+    for _ in range(5):
+        job, _ = store.submit(make_spec())
+        attempts = at_once(
+            2, lambda place, job=job: (store, other)[place].create_attempt(lease, job.id, node_ids=["n"])
+        )
+        assert [attempt is None for attempt in attempts].count(True) == 1
+        assert len(store.attempts(job.id)) == 1
+    other.close()
+
+
+def test_one_of_many_takes_the_lease(store):
+    for round_number in range(3):
+        leases = at_once(6, lambda place, r=round_number: store.acquire_lease(f"holder-{r}-{place}", 60.0))
+        (lease,) = [lease for lease in leases if lease is not None]
+        assert lease.epoch == round_number + 1
+        store.release_lease(lease)
+
+
+def test_cancelling_and_starting_at_once_have_one_winner(store):
+    lease = lead(store)
+    for _ in range(5):
+        job, _ = store.submit(make_spec())
+        calls = (
+            lambda job=job: store.request_cancel(job.id),
+            lambda job=job: store.create_attempt(lease, job.id, node_ids=["n"]),
+        )
+        _, attempt = at_once(2, lambda place, calls=calls: calls[place]())
+        job = store.get(job.id)
+        if attempt is None:
+            assert job.status is JobStatus.CANCELLED
+        else:
+            assert (job.status, job.cancel_requested) == (JobStatus.STARTING, True)
+
+
+def test_a_follower_misses_nothing_of_what_several_write(store):
+    lease = lead(store)
+    jobs = [run(store, lease) for _ in range(2)]
+    done = threading.Event()
+
+    def write(place):
+        job = jobs[place % 2]
+        if place < 2:
+            for step in range(1, 31):
+                store.ingest(lease, job.id, 1, records(loss(step), first=3 + step))
+        else:
+            store.request_cancel(job.id)
+            store.mark_stopping(lease, job.id, 1, Reason.CANCEL_REQUESTED)
+
+    def follow(job_id):
+        places, position = [], 0
+        while True:
+            last_look = done.is_set()
+            page = store.feed(job_id, after=position, limit=5)
+            places += sorted({item.position for item in (*page.events, *page.points)})
+            if page.position == position and last_look:
+                return places
+            position = page.position
+
+    with ThreadPoolExecutor(2) as followers:
+        reading = [followers.submit(follow, job.id) for job in jobs]
+        try:
+            at_once(4, write)
+        finally:
+            done.set()
+        for job, places in zip(jobs, reading, strict=True):
+            assert places.result(timeout=30) == list(range(1, store.feed(job.id).position + 1))
+
+
+def test_sealing_and_taking_in_at_once_leave_a_whole_journal(store):
+    lease = lead(store)
+    job = run(store, lease)
+
+    def write(place):
+        if place == 0:
+            return store.seal_attempt(lease, job.id, 1, outcome=Outcome.LOST, reason=Reason.RANK_LOST, failure=None)
+        try:
+            for step in range(1, 21):
+                store.ingest(lease, job.id, 1, records(loss(step), first=3 + step))
+        except StaleWrite:
+            return None
+
+    at_once(2, write)
+    (attempt,) = store.attempts(job.id)
+    assert len(store.metrics(job.id)) == attempt.last_sequence - 3
+    assert store.get(job.id).status is JobStatus.QUEUED
+
+
+SUBMIT = """
+import sys
+from service.domain.spec import parse_spec
+from service.store import SqlStore
+store = SqlStore(sys.argv[1])
+spec = parse_spec({"name": "digits", "model": {"factory": "builtin:mlp"}, "dataset": {"factory": "builtin:digits"},
+                   "batch": {"size": 16}, "steps": 100})
+for _ in range(int(sys.argv[2])):
+    print(store.submit(spec)[0].id, flush=True)
+"""
+
+
+def submitting(url, count):
+    return subprocess.Popen(
+        [sys.executable, "-c", SUBMIT, url, str(count)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_kill_9_between_submits_loses_no_acknowledged_job(database_url, store):
+    """Two processes write at once; one is killed, the other notices nothing."""
+    killed, other = submitting(database_url, 10_000), submitting(database_url, 40)
+    try:
+        acknowledged = [killed.stdout.readline() for _ in range(15)]
+    finally:
+        killed.kill()
+    out, _ = killed.communicate(timeout=30)
+    acknowledged += out.splitlines(keepends=True)
+    out, err = other.communicate(timeout=60)
+    assert other.returncode == 0, err
+    assert len(out.split()) == 40
+    acknowledged += out.splitlines(keepends=True)
+    # A last line may have been cut short; what was printed whole was acknowledged.
+    ids = [line.strip() for line in acknowledged if line.endswith("\n")]
+    assert len(ids) == len(set(ids)) >= 55
+    for job_id in ids:
+        assert store.get(job_id).status is JobStatus.QUEUED
+        assert len(store.events(job_id)) == 1
+    if database_url.startswith("sqlite"):
+        engine = create_engine(database_url)
+        with engine.connect() as connection:
+            assert connection.exec_driver_sql("PRAGMA integrity_check").scalar_one() == "ok"
+        engine.dispose()
+
+
+def test_a_lock_that_is_held_for_too_long_is_an_outage(database_url, store, monkeypatch):
+    monkeypatch.setattr("service.store.engine.LOCK_TIMEOUT_S", 0.2)
+    job, _ = store.submit(make_spec())
+    engine = create_engine(database_url)
+    blocked = SqlStore(database_url)
+    with engine.connect() as connection:
+        connection.execution_options(sqlite_begin="IMMEDIATE")
+        with connection.begin():
+            connection.exec_driver_sql("UPDATE jobs SET message = 'held'")
+            with pytest.raises(Unavailable):
+                blocked.request_cancel(job.id)
+            assert blocked.get(job.id) == job  # readers do not wait for writers
+    assert blocked.request_cancel(job.id).status is JobStatus.CANCELLED
+    blocked.close()
+    engine.dispose()
+
+
+def test_a_follower_of_a_held_write_sees_all_of_it_or_nothing(database_url, store):
+    """A position is taken under the job's lock: what commits later has a greater one."""
+    lease = lead(store)
+    job = run(store, lease)
+    before = store.feed(job.id)
+    engine = create_engine(database_url)
+    with engine.connect() as connection:
+        connection.execution_options(sqlite_begin="IMMEDIATE")
+        with connection.begin():
+            connection.exec_driver_sql("UPDATE jobs SET position = position")  # as the first part of a write
+            with ThreadPoolExecutor(1) as pool:
+                late = pool.submit(store.ingest, lease, job.id, 1, records(loss(1), first=4))
+                assert store.feed(job.id) == before
+                connection.commit()
+                late.result(timeout=30)
+    assert store.feed(job.id).position == before.position + 1
+    engine.dispose()

@@ -1,0 +1,104 @@
+"""Making and keeping the tables. A failure means that a database cannot be brought to what the code expects."""
+
+import subprocess
+import sys
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from service.domain.errors import ServiceError, Unavailable
+from service.store import SqlStore, migrate
+from service.store.engine import create_engine
+from service.store.tables import metadata
+from tests.contract.store_examples import make_spec
+
+
+def definitions(engine):
+    """Tables and indices in the database's own words."""
+    with engine.connect() as connection:
+        if connection.dialect.name == "sqlite":
+            query = "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'alembic%'"
+        else:
+            query = (
+                "SELECT indexname, replace(indexdef, current_schema(), '') FROM pg_indexes "
+                "WHERE schemaname = current_schema() AND indexname NOT LIKE 'alembic%'"
+                " UNION ALL SELECT table_name || '.' || column_name, concat_ws(' ', data_type, "
+                "character_maximum_length, is_nullable, column_default, collation_name) "
+                "FROM information_schema.columns "
+                "WHERE table_schema = current_schema() AND table_name NOT LIKE 'alembic%'"
+                " UNION ALL SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint "
+                "WHERE connamespace = current_schema()::regnamespace AND conname NOT LIKE 'alembic%'"
+            )
+        return dict(connection.execute(sa.text(query)).all())
+
+
+def test_migrating_from_nothing_gives_the_tables_that_the_code_knows(empty_url):
+    migrate(empty_url)
+    engine = create_engine(empty_url)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    migrated = definitions(engine)
+    with engine.begin() as connection:
+        metadata.drop_all(connection)
+        metadata.create_all(connection)
+    created = definitions(engine)
+    engine.dispose()
+    assert migrated == created
+    assert any("priority DESC" in definition for definition in migrated.values())
+
+
+def test_migrating_again_changes_nothing(empty_url):
+    migrate(empty_url)
+    store = SqlStore(empty_url)
+    job, _ = store.submit(make_spec())
+    lease = store.acquire_lease("a", 60.0)
+    migrate(empty_url)
+    assert store.get(job.id) == job
+    assert store.acquire_lease("a", 60.0) == lease
+    store.close()
+
+
+def test_processes_that_start_at_once_migrate_once(empty_url):
+    script = "import sys; from service.store import migrate; migrate(sys.argv[1])"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script, empty_url], stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+    store = SqlStore(empty_url)
+    assert store.acquire_lease("a", 60.0).epoch == 1
+    store.close()
+
+
+def test_a_database_without_tables_does_not_answer(empty_url):
+    store = SqlStore(empty_url)
+    with pytest.raises(Unavailable, match="cluster"):
+        store.ping()
+    store.close()
+
+
+def test_a_migration_that_fails_leaves_nothing(empty_url, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr("alembic.operations.base.Operations.execute", fail)  # after the tables, before their first rows
+    with pytest.raises(RuntimeError, match="in the middle"):
+        migrate(empty_url)
+    engine = create_engine(empty_url)
+    assert sa.inspect(engine).get_table_names() == []
+    engine.dispose()
+    monkeypatch.undo()
+    migrate(empty_url)
+
+
+def test_tables_of_a_later_version_are_left_alone(empty_url):
+    migrate(empty_url)
+    engine = create_engine(empty_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    engine.dispose()
+    with pytest.raises(ServiceError, match="later version"):
+        migrate(empty_url)

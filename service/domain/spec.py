@@ -14,6 +14,7 @@ from service.domain import catalog
 from service.domain.batch_plan import BatchPlan, NoPlan, divisors, plan_batch
 from service.domain.catalog import FactoryArguments
 from service.domain.errors import FieldProblem, InvalidSpec
+from service.domain.placement import Resources
 
 LABEL_PATTERN = re.compile(r"[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?")
 
@@ -242,6 +243,14 @@ class JobSpec(SpecModel):
             )
         return self
 
+    @property
+    def resources_per_rank(self) -> Resources:
+        """What each worker is given, for placement."""
+        asked = self.resources
+        return Resources(
+            cpus=asked.cpus_per_rank, gpus=asked.gpus_per_rank, memory_bytes=asked.memory_bytes_per_rank or 0
+        )
+
     def batch_plan(self) -> BatchPlan:
         """Return how this job's batches are spread over its workers."""
         return plan_batch(
@@ -321,6 +330,12 @@ def _field_problem(error: Mapping[str, Any]) -> FieldProblem:
         message = "unknown field. Remove it, or check its spelling against the job reference in docs/jobs.md."
     elif error["type"] == "finite_number":
         message = "must be a finite number, not NaN or infinity."
+    elif error["type"] == "union_tag_not_found":
+        path.append("name")
+        message = "is required, such as sgd."
+    elif error["type"] == "union_tag_invalid":
+        path.append("name")
+        message = f"{context['tag']!r} is none of {context['expected_tags']}."
     elif error["type"] == "missing":
         message = "is required."
     elif error["type"] in ("union_tag_invalid", "union_tag_not_found"):

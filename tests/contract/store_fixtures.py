@@ -7,6 +7,7 @@ import pytest
 from service.store import SqlStore, migrate
 from service.store.engine import create_engine
 from tests.contract.store_databases import KINDS, empty, postgres_schema, sqlite_url
+from tests.fakes import FakeJobStore
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +29,11 @@ def _migrated_schema():
 @pytest.fixture(params=KINDS)
 def database_url(request, tmp_path):
     """A database with all tables and no rows."""
-    if request.param == "sqlite":
+    return _database_url(request.param, request, tmp_path)
+
+
+def _database_url(kind, request, tmp_path):
+    if kind == "sqlite":
         path = tmp_path / "service.sqlite"
         shutil.copy(request.getfixturevalue("_migrated_file"), path)
         return sqlite_url(path)
@@ -47,8 +52,12 @@ def empty_url(request, tmp_path):
             yield url
 
 
-@pytest.fixture
-def store(database_url):
-    store = SqlStore(database_url)
+@pytest.fixture(params=[*KINDS, "fake"])
+def store(request, tmp_path):
+    """An empty store of every implementation, the fake of the API's tests included."""
+    if request.param == "fake":
+        yield FakeJobStore()
+        return
+    store = SqlStore(_database_url(request.param, request, tmp_path))
     yield store
     store.close()

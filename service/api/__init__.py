@@ -1,0 +1,1 @@
+"""The REST API: FastAPI over the domain's ports; knows neither database, Ray nor torch."""

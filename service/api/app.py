@@ -1,0 +1,91 @@
+"""The app: the routes, the guard before them and the answers to errors."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI
+from starlette.responses import JSONResponse
+
+from service.api.auth import TokenGuard
+from service.api.limits import BodyLimit
+from service.api.parts import Parts
+from service.api.problems import MEDIA_TYPE, PROBLEM_SCHEMA, install_problem_handlers
+from service.api.routes import checkpoints, cluster, health, history, jobs, logs, plan, stream
+from service.api.streaming import Shutdown, StreamSettings
+from service.domain.placement import Node
+from service.domain.ports import JobStore, RunFiles
+
+ANY_ERROR: dict[int | str, dict[str, Any]] = {
+    "default": {"description": "an error (RFC 9457)", "content": {MEDIA_TYPE: {"schema": PROBLEM_SCHEMA}}}
+}
+
+
+def _nobody_to_nudge() -> None:
+    """Leave it to the scheduler's polling."""
+
+
+def create_app(
+    *,
+    store: JobStore,
+    files: RunFiles,
+    token: str,
+    nudge: Callable[[], None] = _nobody_to_nudge,
+    capacity: Sequence[Node] | None = None,
+    streams: StreamSettings | None = None,
+) -> FastAPI:
+    """Build the API.
+
+    Args:
+        store: the jobs.
+        files: run storage.
+        token: what every request but those for health has to show.
+        nudge: called after a commit that the scheduler should notice soon; an ``OSError`` of it is logged.
+        capacity: the most that the cluster will ever have; a job that cannot fit is refused. None: unknown.
+        streams: how event streams are served.
+
+    Returns:
+        The app. ``shutdown_of(app).request()`` ends its event streams before a server waits for them.
+
+    Raises:
+        ValueError: the token is empty.
+    """
+    app = FastAPI(
+        title="syncbn",
+        summary="Distributed training with synchronized batch norm",
+        version="1",
+        dependencies=[Depends(TokenGuard(token))],
+        responses=ANY_ERROR,
+        # The pages of docs load scripts from elsewhere; the schema has a route of ours, behind the token.
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        separate_input_output_schemas=False,
+    )
+    app.state.parts = Parts(
+        store=store,
+        files=files,
+        nudge=nudge,
+        capacity=None if capacity is None else tuple(capacity),
+        streams=streams or StreamSettings(),
+    )
+    app.add_middleware(BodyLimit)
+    install_problem_handlers(app)
+    v1 = APIRouter(prefix="/v1")
+    for resource in (jobs, plan, history, logs, checkpoints, stream, cluster):
+        v1.include_router(resource.router)
+    app.include_router(v1)
+    app.include_router(health.router)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    def openapi() -> JSONResponse:
+        """Return the schema of this API."""
+        return JSONResponse(app.openapi())
+
+    return app
+
+
+def shutdown_of(app: FastAPI) -> Shutdown:
+    """Return what ends the event streams of an app."""
+    parts: Parts = app.state.parts
+    return parts.streams.shutdown

@@ -1,0 +1,86 @@
+"""Jobs: submit, list, look at, cancel."""
+
+import logging
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from service.api.body import RequestDocument
+from service.api.fit import fit_problem
+from service.api.idempotency import OWNER, REPLAYED_HEADER, RequestKey
+from service.api.parts import AppParts, JobId, Parts
+from service.api.schemas import JobList, JobQuery
+from service.domain.errors import InvalidSpec
+from service.domain.job import Job
+from service.domain.ports import IdempotencyKey
+from service.domain.spec import parse_spec
+
+logger = logging.getLogger(__name__)
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+SPEC_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}}},
+    }
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    openapi_extra=SPEC_BODY,
+    responses={201: {"headers": {"Location": {"description": "path of the job", "schema": {"type": "string"}}}}},
+)
+def submit_job(document: RequestDocument, key: RequestKey, parts: AppParts, response: Response) -> Job:
+    """Submit a job. Once this is answered, no crash loses it."""
+    spec = parse_spec(document.data)
+    if parts.capacity is not None and (problem := fit_problem(spec, parts.capacity)) is not None:
+        raise InvalidSpec("The cluster will never be able to run this job.", (problem,))
+    named = key and IdempotencyKey(owner=OWNER, route="POST /v1/jobs", key=key, body_sha256=document.sha256)
+    job, created = parts.store.submit(spec, key=named or None)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    if created:
+        _nudge(parts)
+    else:
+        response.headers[REPLAYED_HEADER] = "true"
+    return job
+
+
+@router.get("")
+def list_jobs(query: Annotated[JobQuery, Query()], parts: AppParts) -> JobList:
+    """List jobs, newest first, that match everything given."""
+    labels = [label.partition("=") for label in query.label]
+    page = parts.store.list_jobs(
+        statuses=query.status,
+        name=query.name,
+        labels=[(key, value) for key, _, value in labels],
+        limit=query.limit,
+        cursor=query.cursor,
+    )
+    return JobList(jobs=page.jobs, next_cursor=page.next_cursor)
+
+
+@router.get("/{job_id}")
+def get_job(job_id: JobId, parts: AppParts) -> Job:
+    """Return a job."""
+    return parts.store.get(job_id)
+
+
+@router.post("/{job_id}/cancel", status_code=202)
+def cancel_job(job_id: JobId, key: RequestKey, parts: AppParts) -> Job:
+    """Cancel a job that is queued at once; ask for a checkpoint and an end of one that runs.
+
+    Asking again changes nothing, with or without a key.
+    """
+    job = parts.store.request_cancel(job_id)
+    _nudge(parts)
+    return job
+
+
+def _nudge(parts: Parts) -> None:
+    try:
+        parts.nudge()
+    except OSError:
+        # What was asked for is committed, and the scheduler polls: a lost nudge costs a moment, not the answer.
+        logger.warning("The scheduler could not be nudged; it will notice by itself.", exc_info=True)

@@ -1,0 +1,166 @@
+"""What the routes take from a query and what they answer; jobs and their parts are the domain's own models."""
+
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.domain.job import Attempt, Checkpoint, Event, Job, JobStatus
+from service.domain.placement import Node, Resources
+from service.domain.spec import JobSpec
+
+MAX_POSITION = 2**63 - 1
+MAX_STEP = 2**31 - 1
+PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
+
+
+class Query(BaseModel):
+    """Base of query strings: a misspelt parameter is refused, where ignoring it would answer another question."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class JobQuery(Query):
+    """Which jobs to list."""
+
+    status: Annotated[list[JobStatus], Field(max_length=16, description="any of these; repeatable")] = []
+    name: Annotated[str | None, Field(max_length=120, pattern=PRINTABLE)] = None
+    label: Annotated[
+        list[Annotated[str, Field(max_length=264, pattern=r"^[^=\x00-\x1f\x7f]+=[^\x00-\x1f\x7f]*$")]],
+        Field(max_length=32, description="key=value, all of these; repeatable"),
+    ] = []
+    limit: Annotated[int, Field(ge=1, le=500)] = 50
+    cursor: Annotated[str | None, Field(max_length=500, pattern=r"^[!-~]+$", description="the page to show")] = None
+
+
+class EventQuery(Query):
+    """Which events to list."""
+
+    after: Annotated[int, Field(ge=0, le=MAX_POSITION, description="position of the last one seen")] = 0
+    limit: Annotated[int, Field(ge=1, le=1000)] = 1000
+
+
+class MetricQuery(Query):
+    """Which metrics to show."""
+
+    name: Annotated[
+        list[Annotated[str, Field(max_length=200, pattern=PRINTABLE)]],
+        Field(max_length=100, description="such as train/loss; repeatable; all by default"),
+    ] = []
+    after_step: Annotated[int, Field(ge=-1, le=MAX_STEP)] = -1
+
+
+class LogQuery(Query):
+    """Which part of which log to show."""
+
+    attempt: Annotated[int | None, Field(ge=1, le=MAX_STEP, description="the current one by default")] = None
+    rank: Annotated[int, Field(ge=0, le=MAX_STEP)] = 0
+    offset: Annotated[int | None, Field(ge=0, le=MAX_POSITION, description="first byte; the beginning by default")] = (
+        None
+    )
+    limit: Annotated[int, Field(ge=1, le=2**23, description="most bytes of the answer")] = 2**20
+    tail: Annotated[int | None, Field(ge=1, le=10**6, description="the last lines only; not with offset")] = None
+
+
+class StreamQuery(Query):
+    """Where a stream begins."""
+
+    after: Annotated[
+        int, Field(ge=0, le=MAX_POSITION, description="position in the feed; Last-Event-ID goes before it")
+    ] = 0
+
+
+class JobList(BaseModel):
+    """A page of jobs, newest first."""
+
+    jobs: tuple[Job, ...]
+    next_cursor: Annotated[str | None, Field(description="cursor of the next page; null on the last one")]
+
+
+class AttemptList(BaseModel):
+    """The attempts of a job, in order."""
+
+    attempts: tuple[Attempt, ...]
+
+
+class EventList(BaseModel):
+    """Events of a job, in order."""
+
+    events: tuple[Event, ...]
+    next_after: Annotated[int, Field(description="the `after` of the next request")]
+
+
+class CheckpointList(BaseModel):
+    """The committed checkpoints of a job, by step."""
+
+    checkpoints: tuple[Checkpoint, ...]
+
+
+class Series(BaseModel):
+    """One metric over the steps, in columns of one length."""
+
+    steps: list[int]
+    values: Annotated[list[float | None], Field(description="null where the value is not finite")]
+    attempts: list[int]
+    nonfinite: Annotated[dict[int, str], Field(description="step → nan, inf or -inf")]
+
+
+class Metrics(BaseModel):
+    """The training curves of a job, by name."""
+
+    series: dict[str, Series]
+
+
+class Amount(BaseModel):
+    """An amount of resources."""
+
+    cpus: float
+    gpus: int
+    memory_bytes: int
+
+    @classmethod
+    def of(cls, resources: Resources) -> "Amount":
+        """Show an amount."""
+        return cls(cpus=resources.cpus, gpus=resources.gpus, memory_bytes=resources.memory_bytes)
+
+
+class Plan(BaseModel):
+    """What would become of a job if it were submitted."""
+
+    spec: Annotated[JobSpec, Field(description="with every default written out")]
+    world_size: int
+    samples_per_rank: Annotated[list[int], Field(description="in one micro-step")]
+    num_micro_steps: Annotated[int, Field(description="normalization batches of one optimizer step")]
+    num_steps: Annotated[int | None, Field(description="null where only the dataset can tell")]
+    resources: Annotated[Amount, Field(description="of all workers together")]
+    fits: Annotated[
+        bool | None, Field(description="whether the cluster, when empty, holds the job; null while it is unknown")
+    ]
+    reason: Annotated[str | None, Field(description="why it does not fit, or why that is unknown")]
+
+
+class ClusterNode(BaseModel):
+    """A machine of the cluster."""
+
+    id: str
+    address: str
+    total: Amount
+
+    @classmethod
+    def of(cls, node: Node) -> "ClusterNode":
+        """Show a node."""
+        return cls(id=node.id, address=node.address, total=Amount.of(node.total))
+
+
+class Cluster(BaseModel):
+    """The cluster as the scheduler last saw it."""
+
+    nodes: list[ClusterNode]
+    total: Amount
+    observed_at: Annotated[datetime | None, Field(description="null before the scheduler ever saw it")]
+
+
+class Health(BaseModel):
+    """That a process answers."""
+
+    status: str

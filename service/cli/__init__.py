@@ -1,0 +1,1 @@
+"""The command line; ``service.cli.main.app`` is where it begins."""

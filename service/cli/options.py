@@ -1,0 +1,50 @@
+"""What the options of all commands say: which service, and with which token."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from service.cli.output import say
+
+if TYPE_CHECKING:
+    from service.client.client import Client
+    from service.client.discovery import Endpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonOptions:
+    """The options of all commands.
+
+    Attributes:
+        url: of the service, if given.
+        token: what it asks for, if given; not shown.
+        data_dir: of a service on this machine, if given.
+    """
+
+    url: str | None
+    token: str | None = field(repr=False)
+    data_dir: Path | None
+
+    def find(self) -> "Endpoint":
+        """Return where the service is. Raises ``NoService``."""
+        from service.client.discovery import find_service  # noqa: PLC0415 - commands that need no service start faster
+        from service.settings import default_data_dir  # noqa: PLC0415
+
+        named = os.environ.get("SYNCBN_DATA_DIR")
+        data_dir = self.data_dir or (Path(named) if named else default_data_dir())
+        return find_service(data_dir=data_dir, url=self.url, token=self.token)
+
+    def client(self, *, reconnect_for_s: float | None = 60.0) -> "Client":
+        """Return a client of the service. Raises ``ClientError``."""
+        from service.client.client import Client  # noqa: PLC0415 - as above
+
+        endpoint = self.find()
+        return Client(
+            endpoint.url,
+            endpoint.token,
+            retry_for_s=3.0,
+            reconnect_for_s=reconnect_for_s,
+            locate=self.find,
+            on_interruption=lambda: say("The service does not answer; trying to reach it again. The job goes on."),
+        )

@@ -1,0 +1,1 @@
+"""The Python client; ``service.client.client.Client`` is where to begin."""

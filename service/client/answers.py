@@ -1,0 +1,79 @@
+"""What the service answers beside the domain's own models."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from service.domain.placement import Node, Resources
+from service.domain.spec import JobSpec
+
+
+class Answer(BaseModel):
+    """Base of the answers: immutable; fields of a newer service are passed over."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class JobPlan(Answer):
+    """What would become of a job if it were submitted.
+
+    Attributes:
+        spec: with every default written out.
+        samples_per_rank: in one micro-step.
+        num_micro_steps: normalization batches of one optimizer step.
+        num_steps: None where only the dataset can tell.
+        resources: of all workers together.
+        fits: whether the cluster holds the job when it is empty; None while that is unknown.
+        reason: why it does not, or why that is unknown.
+    """
+
+    spec: JobSpec
+    world_size: int
+    samples_per_rank: tuple[int, ...]
+    num_micro_steps: int
+    num_steps: int | None
+    resources: Resources
+    fits: bool | None
+    reason: str | None
+
+
+class Series(Answer):
+    """One metric over the steps, in columns of one length.
+
+    Attributes:
+        values: None where the value is not finite.
+        nonfinite: step → ``nan``, ``inf`` or ``-inf``.
+    """
+
+    steps: tuple[int, ...]
+    values: tuple[float | None, ...]
+    attempts: tuple[int, ...]
+    nonfinite: dict[int, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogChunk:
+    """A part of what a rank printed.
+
+    Attributes:
+        attempt: its number; 0 before the first.
+        content: the bytes, which may begin or end within a character.
+        next_offset: where the log goes on.
+        ended: whether the attempt had ended when this was read.
+    """
+
+    attempt: int
+    content: bytes
+    next_offset: int
+    ended: bool
+
+
+def node_of(data: dict[str, Any]) -> Node:
+    """Return the node that the cluster's route shows."""
+    total = data["total"]
+    return Node(
+        id=data["id"],
+        address=data["address"],
+        total=Resources(cpus=total["cpus"], gpus=total["gpus"], memory_bytes=total["memory_bytes"]),
+    )

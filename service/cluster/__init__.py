@@ -1,0 +1,1 @@
+"""The only part that knows Ray: supervisors, gangs of rank actors, and the forkserver of each node."""

@@ -1,0 +1,110 @@
+"""How an attempt ended, judged from how its ranks ended; a pure decision."""
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from signal import Signals
+
+from service.cluster.rank_actor import RankEnd
+from service.domain.job import Failure, Outcome, Reason
+from service.domain.journal import Ended
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFailure:
+    """One rank's failure.
+
+    Attributes:
+        outcome: what it means for the attempt, if it is the cause.
+        reason: why.
+        failure: what the rank met.
+        is_effect: it only saw a peer go away.
+    """
+
+    outcome: Outcome
+    reason: Reason
+    failure: Failure
+    is_effect: bool = False
+
+    @classmethod
+    def of_process(cls, rank: int, end: RankEnd) -> "RankFailure":
+        """Judge a process that did not end clean."""
+        error = end.error
+        if error is not None:
+            outcome, reason = {
+                "user": (Outcome.FAILED, Reason.USER_ERROR),
+                "checkpoint": (Outcome.LOST, Reason.CHECKPOINT_FAILED),
+                "collective": (Outcome.LOST, Reason.COLLECTIVE_FAILED),
+            }[error.cause]
+            failure = Failure(
+                rank=rank, error_type=error.error_type, message=error.message, traceback=error.traceback or None
+            )
+            return cls(outcome=outcome, reason=reason, failure=failure, is_effect=error.cause == "collective")
+        if end.exit_status < 0:
+            name = _signal_name(-end.exit_status)
+            message = f"Rank {rank} was killed by {name}."
+            if name == "SIGKILL":
+                message += " If nobody killed it, it ran out of memory: lower batch.max_per_rank or use more workers."
+        else:
+            name = "SystemExit"
+            message = f"Rank {rank} exited with status {end.exit_status} without saying why; its log may tell."
+        failure = Failure(rank=rank, error_type=name, message=message)
+        return cls(outcome=Outcome.LOST, reason=Reason.RANK_LOST, failure=failure)
+
+    @classmethod
+    def of_actor(cls, rank: int, node_id: str, alive_node_ids: Set[str]) -> "RankFailure":
+        """Judge an actor that died, and its process with it."""
+        if node_id in alive_node_ids:
+            failure = Failure(rank=rank, error_type="ActorDied", message=f"The actor of rank {rank} died.")
+            return cls(outcome=Outcome.LOST, reason=Reason.RANK_LOST, failure=failure)
+        failure = Failure(rank=rank, error_type="NodeDied", message=f"Node {node_id} of rank {rank} is gone.")
+        return cls(outcome=Outcome.LOST, reason=Reason.NODE_LOST, failure=failure)
+
+    @classmethod
+    def of_service(cls, rank: int, error: BaseException) -> "RankFailure":
+        """Judge an error of the service's own code around the process."""
+        failure = Failure(rank=rank, error_type=type(error).__name__, message=str(error))
+        return cls(outcome=Outcome.LOST, reason=Reason.RANK_LOST, failure=failure)
+
+
+def judge(
+    *, ends: Mapping[int, RankEnd], failures: Sequence[RankFailure], stop_reason: Reason | None, step: int
+) -> Ended:
+    """Say how the attempt ended.
+
+    Args:
+        ends: how the processes ended, by rank.
+        failures: of those that did not end clean, in the order in which they were noticed.
+        stop_reason: why the attempt was asked to stop, if it was.
+        step: the last step reported.
+    """
+    if not failures:
+        step = max([step, *(end.step for end in ends.values() if end.step is not None)])
+        if any(end.stopped for end in ends.values()):
+            assert stop_reason is not None
+            return Ended(outcome=Outcome.STOPPED, reason=stop_reason, message=f"Stopped after step {step}.", step=step)
+        return Ended(
+            outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, message=f"All {step} steps are done.", step=step
+        )
+    if stop_reason is not None and not any(failure.outcome is Outcome.FAILED for failure in failures):
+        return Ended(
+            outcome=Outcome.STOPPED,
+            reason=stop_reason,
+            message="Stopped; the grace ended before every rank had finished.",
+            step=step,
+        )
+    # A rank that failed by itself before one that only lost a peer; an error that would come again before the rest.
+    cause = min(failures, key=lambda failure: (failure.is_effect, failure.outcome is not Outcome.FAILED))
+    return Ended(
+        outcome=cause.outcome,
+        reason=cause.reason,
+        message=cause.failure.message,
+        step=step,
+        failure=cause.failure,
+    )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return Signals(number).name
+    except ValueError:  # most real-time signals have no name
+        return f"signal {number}"

@@ -1,0 +1,236 @@
+"""The detached actor that owns one attempt: its placement group, its ranks and its journal."""
+
+import asyncio
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from service.cluster.attempt_end import RankFailure, judge
+from service.cluster.journal import Journal
+from service.cluster.rank_actor import RankActor, RankEnd, RankPlace
+from service.domain.errors import CorruptCheckpoint, ServiceError
+from service.domain.job import Checkpoint, Outcome, Reason
+from service.domain.journal import (
+    CheckpointQuarantined,
+    CheckpointWritten,
+    Ended,
+    JournalRecord,
+    Launched,
+    Metrics,
+    Placed,
+    Resumed,
+    Running,
+    Warned,
+)
+from service.domain.ports import Launch
+from service.domain.rank_protocol import Stepped
+from service.storage.checkpoints import fetch_checkpoint
+from service.storage.journal_file import JournalWriter
+from service.storage.layout import launch_marker
+from service.storage.object_store import ObjectStore
+
+# After one rank failed, how long its peers may take to say what they saw, so that the cause is told from its effects.
+PEER_REPORT_S = 2.0
+KILL_TIMEOUT_S = 20.0
+
+
+class Supervisor:
+    """Runs one attempt from launch to end.
+
+    Args:
+        launch: what to run.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._store = ObjectStore(launch.storage_url)
+        self._journal = Journal(JournalWriter(self._store, launch.job_id, launch.attempt))
+        self._group: PlacementGroup | None = None
+        self._ranks: list[Any] = []
+        self._is_started = False
+        self._is_running = False
+        self._stepped: set[int] = set()
+        self._step = 0
+        self._stop_reason: Reason | None = None
+        self._stop_asked = asyncio.Event()
+
+    async def run(self) -> None:
+        """Run the attempt; returns after its last record is durable. Once per attempt, whoever asks again."""
+        if self._is_started:
+            return
+        self._is_started = True
+        marker = launch_marker(self._launch.job_id, self._launch.attempt)
+        if not await asyncio.to_thread(self._store.create_exclusively, marker, str(os.getpid()).encode()):
+            ray.actor.exit_actor()
+        async with self._journal.flushing():
+            self._journal.add(Launched(supervisor_pid=os.getpid()))
+            try:
+                ended = await self._run_gang()
+            except TimeoutError:
+                ended = self._launch_failed(f"not all of them had a process after {self._launch.start_timeout_s:g} s")
+            except (RayError, ServiceError, OSError) as error:
+                ended = self._launch_failed(f"{type(error).__name__}: {error}")
+            await self._release()
+            self._journal.add(ended)
+
+    async def read(self, after: int, wait_s: float) -> Sequence[JournalRecord]:
+        """Return journal records after a sequence number; waits for some, up to ``wait_s`` seconds."""
+        return await self._journal.read(after, wait_s)
+
+    async def stop(self, reason: Reason) -> None:
+        """Ask all ranks for a checkpoint and an end; they are killed after the grace."""
+        if self._stop_reason is None:
+            self._stop_reason = reason
+            self._stop_asked.set()
+
+    async def report(self, rank: int, reports: Sequence[Stepped | Metrics | Warned | CheckpointWritten]) -> None:
+        """Take what a rank reports into the journal."""
+        for report in reports:
+            if isinstance(report, Stepped):
+                self._stepped.add(rank)
+                if len(self._stepped) == len(self._ranks) and not self._is_running:
+                    self._is_running = True
+                    self._journal.add(Running(num_steps=report.num_steps))
+                continue
+            if isinstance(report, Metrics):
+                self._step = max(self._step, report.step)
+            self._journal.add(report)
+
+    async def _run_gang(self) -> Ended:
+        checkpoint = await self._choose_checkpoint()
+        self._step = 0 if checkpoint is None else checkpoint.step
+        self._journal.add(Resumed(step=self._step))
+        starting = asyncio.create_task(self._start_ranks(checkpoint))
+        stop_asked = asyncio.create_task(self._stop_asked.wait())
+        await asyncio.wait(
+            {starting, stop_asked}, timeout=self._launch.start_timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        stop_asked.cancel()
+        if not starting.done():
+            starting.cancel()
+            if self._stop_reason is None:
+                raise TimeoutError
+            message = "Stopped before every rank had a process."
+            return Ended(outcome=Outcome.STOPPED, reason=self._stop_reason, message=message, step=self._step)
+        starting.result()
+        runs: dict[asyncio.Task[RankEnd], int] = {
+            asyncio.create_task(_await(actor.run.remote())): rank for rank, actor in enumerate(self._ranks)
+        }
+        stopper = asyncio.create_task(self._stop_ranks_when_asked())
+        ends: dict[int, RankEnd] = {}
+        failures: list[RankFailure] = []
+        pending = set(runs)
+        while pending and not failures:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            self._collect(done, runs, ends, failures)
+        if pending:
+            done, pending = await asyncio.wait(pending, timeout=PEER_REPORT_S)
+            self._collect(done, runs, ends, failures)
+        if pending:
+            await self._kill_ranks()
+            await asyncio.wait(pending, timeout=KILL_TIMEOUT_S)
+        stopper.cancel()
+        return judge(ends=ends, failures=failures, stop_reason=self._stop_reason, step=self._step)
+
+    def _launch_failed(self, why: str) -> Ended:
+        message = f"The ranks could not be started: {why}"
+        return Ended(outcome=Outcome.LOST, reason=Reason.LAUNCH_FAILED, message=message, step=self._step)
+
+    async def _choose_checkpoint(self) -> Checkpoint | None:
+        with TemporaryDirectory() as scratch:
+            for checkpoint in self._launch.checkpoints:
+                try:
+                    await asyncio.to_thread(fetch_checkpoint, self._store, checkpoint, Path(scratch))
+                except CorruptCheckpoint as error:
+                    self._journal.add(CheckpointQuarantined(step=checkpoint.step, message=str(error)))
+                else:
+                    return checkpoint
+        return None
+
+    async def _start_ranks(self, checkpoint: Checkpoint | None) -> None:
+        resources = self._launch.spec.resources
+        bundle: dict[str, float] = {"CPU": resources.cpus_per_rank}
+        if resources.gpus_per_rank:
+            bundle["GPU"] = resources.gpus_per_rank
+        if resources.memory_bytes_per_rank:
+            bundle["memory"] = resources.memory_bytes_per_rank
+        node_ids = self._launch.node_ids
+        self._group = placement_group(
+            [bundle] * len(node_ids), bundle_label_selector=[{"ray.io/node-id": node_id} for node_id in node_ids]
+        )
+        await _await(self._group.ready())
+        this = ray.get_runtime_context().current_actor
+        rank_class = ray.remote(RankActor)
+        self._ranks = [
+            rank_class.options(
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                memory=bundle.get("memory"),
+                max_concurrency=3,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
+            ).remote(self._launch, rank, this)
+            for rank in range(len(node_ids))
+        ]
+        places: list[RankPlace] = await asyncio.gather(*(_await(actor.place.remote()) for actor in self._ranks))
+        port: int = await _await(self._ranks[0].open_rendezvous.remote())
+        pids: list[int] = await asyncio.gather(
+            *(_await(actor.start.remote(places[0].address, port, checkpoint)) for actor in self._ranks)
+        )
+        self._journal.add(Placed(node_ids=tuple(place.node_id for place in places), pids=tuple(pids)))
+
+    async def _stop_ranks_when_asked(self) -> None:
+        await self._stop_asked.wait()
+        for actor in self._ranks:
+            actor.stop.remote()
+        await asyncio.sleep(self._launch.stop_grace_s)
+        await self._kill_ranks()
+
+    async def _kill_ranks(self) -> None:
+        """Kill every training process; the runs of their actors return once the processes are gone."""
+        for actor in self._ranks:
+            actor.kill.remote()
+
+    def _collect(
+        self,
+        done: set[asyncio.Task[RankEnd]],
+        runs: dict[asyncio.Task[RankEnd], int],
+        ends: dict[int, RankEnd],
+        failures: list[RankFailure],
+    ) -> None:
+        for future in done:
+            rank = runs[future]
+            error = future.exception()
+            if error is None:
+                ends[rank] = future.result()
+                if not ends[rank].is_clean:
+                    failures.append(RankFailure.of_process(rank, ends[rank]))
+            elif isinstance(error, RayActorError):
+                failures.append(RankFailure.of_actor(rank, self._launch.node_ids[rank], _alive_node_ids()))
+            else:
+                failures.append(RankFailure.of_service(rank, error))
+
+    async def _release(self) -> None:
+        """Give the resources back; the processes go with their actors."""
+        for actor in self._ranks:
+            ray.kill(actor)
+        if self._group is not None:
+            remove_placement_group(self._group)
+
+
+async def _await(reference: Any) -> Any:  # noqa: ANN401 - Ray's references are untyped
+    return await reference
+
+
+def _alive_node_ids() -> frozenset[str]:
+    try:
+        return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+    except (RayError, GetTimeoutError):
+        return frozenset()

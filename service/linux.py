@@ -1,0 +1,43 @@
+"""What ties processes to their owners on Linux."""
+
+import ctypes
+import os
+import signal
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
+    """Have the kernel signal this process when its parent ends; it survives an exec.
+
+    The kernel watches the parent's thread that started this process, so start children from a main thread.
+
+    Args:
+        parent_pid: who the parent was when this process was started; if it is gone by now, the process ends here.
+        signal_number: what is sent.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal_number)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def become_subreaper() -> None:
+    """Adopt orphaned descendants, so that they can be waited for."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def group_is_alive(pgid: int) -> bool:
+    """Return whether any process of a group is left."""
+    try:
+        os.killpg(pgid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _prctl(option: int, argument: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, argument, 0, 0, 0) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))

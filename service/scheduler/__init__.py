@@ -1,0 +1,1 @@
+"""The loop that starts what is queued and follows what runs."""

@@ -1,0 +1,134 @@
+"""Follows one attempt: takes its journal into the store, asks it to stop, and seals it when it is over."""
+
+import logging
+import time
+from collections.abc import Sequence
+from datetime import datetime
+
+from service.domain.job import AttemptStatus, Failure, Outcome, Reason
+from service.domain.journal import CheckpointWritten, Ended, JournalRecord, utc_now
+from service.domain.ports import Cluster, Lease, LiveAttempt, RunFiles, SchedulerStore, SupervisorState
+from service.scheduler.launches import LaunchFactory
+
+# A stop request may be lost with a supervisor's connection; asking again does no harm.
+STOP_REPEAT_S = 2.0
+
+logger = logging.getLogger(__name__)
+
+
+class AttemptFollower:
+    """Carries what happens to attempts into the store, and what the store asks for to the attempts.
+
+    Args:
+        store: rows.
+        cluster: supervisors.
+        files: durable journals.
+        make_launch: builds the launch of a live attempt.
+        launch_timeout_s: how long a supervisor may take to show that it runs.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: SchedulerStore,
+        cluster: Cluster,
+        files: RunFiles,
+        make_launch: LaunchFactory,
+        launch_timeout_s: float,
+    ) -> None:
+        self._store = store
+        self._cluster = cluster
+        self._files = files
+        self._make_launch = make_launch
+        self._launch_timeout_s = launch_timeout_s
+        self._stop_asked_at: dict[tuple[str, int], float] = {}
+
+    def follow(self, lease: Lease, live: LiveAttempt) -> None:
+        """Do what there is to do for one attempt, without waiting for it."""
+        job_id, number = live.job.id, live.attempt.number
+        if live.attempt.status is AttemptStatus.ENDED:
+            assert live.attempt.outcome is not None
+            assert live.attempt.reason is not None
+            self._seal(lease, live, live.attempt.outcome, live.attempt.reason, live.attempt.failure)
+            return
+        page = self._cluster.read(job_id, number, after=live.attempt.last_sequence)
+        if page.records:
+            if self._take(lease, live, page.records):
+                return
+        elif page.state is SupervisorState.GONE:
+            self._follow_without_supervisor(lease, live)
+            return
+        # Also after records: a quick job has some at every look.
+        self._ask_to_stop(lease, live)
+
+    def _take(self, lease: Lease, live: LiveAttempt, records: Sequence[JournalRecord]) -> bool:
+        """Store records; True if they end the attempt, which is then sealed."""
+        self._store.ingest(lease, live.job.id, live.attempt.number, records)
+        if any(isinstance(record.report, CheckpointWritten) for record in records):
+            self._remove_old_checkpoints(lease, live)
+        for record in records:
+            if isinstance(record.report, Ended):
+                self._seal(lease, live, record.report.outcome, record.report.reason, record.report.failure)
+                return True
+        return False
+
+    def _follow_without_supervisor(self, lease: Lease, live: LiveAttempt) -> None:
+        job_id, number = live.job.id, live.attempt.number
+        if self._files.was_launched(job_id, number):
+            records = tuple(self._files.journal(job_id, number, after=live.attempt.last_sequence))
+            if not records or not self._take(lease, live, records):
+                failure = Failure(error_type="SupervisorDied", message="The supervisor of the attempt died.")
+                self._seal_lost(lease, live, Reason.SUPERVISOR_LOST, failure)
+        elif _age_s(live.attempt.created_at) < self._launch_timeout_s:
+            # The row was committed and its supervisor never started; starting it is safe, its marker is exclusive.
+            self._cluster.launch(self._make_launch(live.job, live.attempt))
+        else:
+            failure = Failure(error_type="LaunchFailed", message="The supervisor of the attempt did not start.")
+            self._seal_lost(lease, live, Reason.LAUNCH_FAILED, failure)
+
+    def _ask_to_stop(self, lease: Lease, live: LiveAttempt) -> None:
+        job_id, number = live.job.id, live.attempt.number
+        reason = live.attempt.stop_reason
+        if reason is None:
+            reason = _why_stop(live)
+            if reason is None:
+                return
+            self._store.mark_stopping(lease, job_id, number, reason)
+        last_asked = self._stop_asked_at.get((job_id, number))
+        if last_asked is None or time.monotonic() - last_asked > STOP_REPEAT_S:
+            self._stop_asked_at[job_id, number] = time.monotonic()
+            self._cluster.stop(job_id, number, reason)
+
+    def _seal_lost(self, lease: Lease, live: LiveAttempt, reason: Reason, failure: Failure) -> None:
+        if live.attempt.stop_reason is None:
+            self._seal(lease, live, Outcome.LOST, reason, failure)
+        else:
+            # It was asked to stop and has, if not as it should: what was asked for counts.
+            self._seal(lease, live, Outcome.STOPPED, live.attempt.stop_reason, None)
+
+    def _seal(self, lease: Lease, live: LiveAttempt, outcome: Outcome, reason: Reason, failure: Failure | None) -> None:
+        job_id, number = live.job.id, live.attempt.number
+        job = self._store.seal_attempt(lease, job_id, number, outcome=outcome, reason=reason, failure=failure)
+        logger.info("%s attempt %d ended: %s (%s); the job is %s", job_id, number, outcome, reason, job.status)
+        self._cluster.close(job_id, number)
+        self._stop_asked_at.pop((job_id, number), None)
+
+    def _remove_old_checkpoints(self, lease: Lease, live: LiveAttempt) -> None:
+        for checkpoint in self._store.resumable_checkpoints(live.job.id)[live.job.spec.checkpoint.keep_last :]:
+            # The row first: what is listed exists.
+            self._store.forget_checkpoint(lease, live.job.id, checkpoint.attempt, checkpoint.step)
+            self._files.remove_checkpoint(checkpoint.path)
+
+
+def _why_stop(live: LiveAttempt) -> Reason | None:
+    if live.job.cancel_requested:
+        return Reason.CANCEL_REQUESTED
+    timeout_s = live.job.spec.timeout_s
+    running_at = live.attempt.running_at
+    if timeout_s is not None and running_at is not None and live.job.running_s + _age_s(running_at) > timeout_s:
+        return Reason.TIMEOUT
+    return None
+
+
+def _age_s(since: datetime) -> float:
+    return (utc_now() - since).total_seconds()

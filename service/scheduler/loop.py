@@ -1,0 +1,180 @@
+"""The scheduler's loop: claim the lease, observe, decide, apply; one iteration at a time."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from service.domain.errors import LeaseLost, ServiceError, Unavailable
+from service.domain.job import Reason
+from service.domain.placement import Node
+from service.domain.ports import Cluster, Lease, RunFiles, SchedulerStore
+from service.scheduler.admission import admit
+from service.scheduler.follower import AttemptFollower
+from service.scheduler.launches import LaunchFactory
+
+BUSY_INTERVAL_S = 0.05
+IDLE_INTERVAL_S = 0.5
+NODES_INTERVAL_S = 1.0
+RENEWALS_PER_TTL = 3
+
+logger = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Runs jobs; of several, the one that holds the lease does.
+
+    Args:
+        holder: name of this process, unique.
+        store: rows.
+        cluster: supervisors and nodes.
+        files: run storage.
+        make_launch: builds launches.
+        lease_ttl_s: how long the lease lasts without a renewal.
+        launch_timeout_s: how long a supervisor may take to show that it runs.
+    """
+
+    def __init__(
+        self,
+        *,
+        holder: str,
+        store: SchedulerStore,
+        cluster: Cluster,
+        files: RunFiles,
+        make_launch: LaunchFactory,
+        lease_ttl_s: float,
+        launch_timeout_s: float,
+    ) -> None:
+        self._holder = holder
+        self._store = store
+        self._cluster = cluster
+        self._make_launch = make_launch
+        self._lease_ttl_s = lease_ttl_s
+        self._lease: Lease | None = None
+        self._has_to_close_forgotten = False
+        self._renewed_at = 0.0
+        self._nodes: tuple[Node, ...] = ()
+        self._nodes_at: float | None = None
+        self._follower = AttemptFollower(
+            store=store, cluster=cluster, files=files, make_launch=make_launch, launch_timeout_s=launch_timeout_s
+        )
+
+    def run(self, wait: Callable[[float], None], should_stop: Callable[[], bool]) -> None:
+        """Run until asked to stop, then stop what runs, in order.
+
+        Args:
+            wait: returns after so many seconds, or earlier when there is news.
+            should_stop: polled between iterations.
+        """
+        while not should_stop():
+            wait(BUSY_INTERVAL_S if self.step() else IDLE_INTERVAL_S)
+
+    def step(self, *, admitting: bool = True) -> bool:
+        """Do one iteration; never waits long.
+
+        Args:
+            admitting: whether queued jobs may start.
+
+        Returns:
+            Whether this scheduler leads and attempts are live, so that the next iteration should come soon.
+        """
+        try:
+            lease = self._claim()
+            if lease is None:
+                return False
+            if self._has_to_close_forgotten:
+                self._close_forgotten()
+                self._has_to_close_forgotten = False
+            self._observe_nodes(lease)
+            return self._follow_all(lease) + (self._admit(lease) if admitting else 0) > 0
+        except LeaseLost:
+            logger.warning("The lease went to another scheduler")
+            self._lease = None
+        except Unavailable as error:
+            logger.warning("Waiting for the database or the cluster: %s", error)
+        return False
+
+    def stop_all(self, *, deadline_s: float) -> None:
+        """Ask what runs for a checkpoint and an end, so that it is queued again; then give up the lease.
+
+        Args:
+            deadline_s: how long to wait for it.
+        """
+        deadline = time.monotonic() + deadline_s
+        while self._lease is not None and time.monotonic() < deadline and not self._is_stopped(self._lease):
+            time.sleep(BUSY_INTERVAL_S)
+        if self._lease is not None:
+            try:
+                self._store.release_lease(self._lease)
+            except Unavailable as error:
+                logger.warning("The lease could not be given up, and ends by itself: %s", error)
+            self._lease = None
+
+    def _is_stopped(self, lease: Lease) -> bool:
+        """Ask whatever was not asked to stop yet; True if nothing runs any more, or another scheduler leads."""
+        try:
+            live = self._store.live_attempts()
+            for entry in live:
+                if entry.attempt.stop_reason is None:
+                    self._store.mark_stopping(lease, entry.job.id, entry.attempt.number, Reason.SERVICE_STOPPED)
+        except LeaseLost:
+            self._lease = None
+            return True
+        except Unavailable as error:
+            logger.warning("Waiting for the database: %s", error)
+            return False
+        if live:
+            self.step(admitting=False)
+        return not live
+
+    def _claim(self) -> Lease | None:
+        now = time.monotonic()
+        if self._lease is not None and now - self._renewed_at < self._lease_ttl_s / RENEWALS_PER_TTL:
+            return self._lease
+        before = self._lease
+        self._lease = self._store.acquire_lease(self._holder, self._lease_ttl_s)
+        self._renewed_at = now
+        if self._lease is not None and self._lease != before:
+            logger.info("Leading, epoch %d", self._lease.epoch)
+            self._has_to_close_forgotten = True
+        return self._lease
+
+    def _close_forgotten(self) -> None:
+        """Close supervisors whose attempts were sealed by a leader that died before it could."""
+        live = {(entry.job.id, entry.attempt.number) for entry in self._store.live_attempts()}
+        for job_id, attempt in self._cluster.supervised():
+            if (job_id, attempt) not in live:
+                self._cluster.close(job_id, attempt)
+
+    def _observe_nodes(self, lease: Lease) -> None:
+        now = time.monotonic()
+        if self._nodes_at is not None and now - self._nodes_at < NODES_INTERVAL_S:
+            return
+        self._nodes = self._cluster.nodes()
+        self._nodes_at = now
+        self._store.record_nodes(lease, self._nodes)
+
+    def _follow_all(self, lease: Lease) -> int:
+        live = self._store.live_attempts()
+        for entry in live:
+            try:
+                self._follower.follow(lease, entry)
+            except (LeaseLost, Unavailable):
+                raise
+            except (ServiceError, OSError, ValueError):
+                # One job's trouble is not another's.
+                logger.exception("%s attempt %d could not be followed", entry.job.id, entry.attempt.number)
+        return len(live)
+
+    def _admit(self, lease: Lease) -> int:
+        queued = self._store.queued_jobs()
+        if not queued:
+            return 0
+        starts, waits = admit(queued, self._store.live_attempts(), self._nodes)
+        for start in starts:
+            attempt = self._store.create_attempt(lease, start.job.id, node_ids=start.node_ids)
+            if attempt is not None:
+                self._cluster.launch(self._make_launch(start.job, attempt))
+        for wait in waits:
+            if wait.message != wait.job.message:
+                self._store.set_message(lease, wait.job.id, wait.message)
+        return len(starts)

@@ -1,0 +1,65 @@
+"""What an operator sets, from the environment (``SYNCBN_…``) or by ``syncbn serve``'s options."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def default_data_dir() -> Path:
+    """Return where the embedded service keeps its data unless told otherwise."""
+    return Path.home() / ".syncbn"
+
+
+class Settings(BaseSettings):
+    """Settings of the service's processes. docs/operations.md lists them; a test compares.
+
+    Attributes:
+        data_dir: database, token, run storage and logs of the embedded service.
+        database_url: SQLAlchemy URL; by default an SQLite file in ``data_dir``.
+        storage_url: root of run storage, a path or an fsspec URL; by default a directory in ``data_dir``.
+        token: guards every route but health; by default made at first start and kept in ``data_dir``.
+        ray_address: ``host:port`` of the Ray head.
+        node_ip: address of the scheduler's machine that the cluster's nodes use; by default Ray finds it.
+        node_dir: node-local directory, on every node, for logs under way and staged checkpoints.
+        max_cpus: CPUs that the cluster will ever have; jobs that need more are refused. None: unknown.
+        max_gpus: likewise GPUs.
+        max_memory_bytes: likewise main memory.
+        lease_ttl_s: a scheduler that does not renew for this long has lost its lead.
+        collective_timeout_s: how long a rank waits for its peers.
+        start_timeout_s: how long the ranks of an attempt may take to start.
+        stop_grace_s: how long a rank that was asked to stop may take for its last checkpoint.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="SYNCBN_", extra="ignore", frozen=True)
+
+    data_dir: Path = Field(default_factory=default_data_dir)
+    database_url: str | None = None
+    storage_url: str | None = None
+    token: str | None = None
+    ray_address: str | None = None
+    node_ip: str | None = None
+    node_dir: Path | None = None
+    max_cpus: Annotated[float | None, Field(ge=0)] = None
+    max_gpus: Annotated[int | None, Field(ge=0)] = None
+    max_memory_bytes: Annotated[int | None, Field(ge=0)] = None
+    lease_ttl_s: Annotated[float, Field(gt=0)] = 5.0
+    collective_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    start_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    stop_grace_s: Annotated[float, Field(gt=0)] = 10.0
+
+    @property
+    def database(self) -> str:
+        """The database's URL, with the default filled in."""
+        return self.database_url or f"sqlite:///{self.data_dir / 'service.sqlite'}"
+
+    @property
+    def storage(self) -> str:
+        """Run storage's root, with the default filled in."""
+        return self.storage_url or str(self.data_dir / "runs")
+
+    @property
+    def node_dir_or_default(self) -> Path:
+        """The node-local directory, with the default filled in."""
+        return self.node_dir or self.data_dir / "node"

@@ -1,0 +1,1 @@
+"""Run storage: journals, logs and checkpoints through fsspec; no SQL."""

@@ -1,0 +1,26 @@
+"""Where things lie in run storage; paths relative to its root, with forward slashes."""
+
+
+def attempt_dir(job_id: str, attempt: int) -> str:
+    """Return the directory below which everything lies that an attempt writes."""
+    return f"jobs/{job_id}/attempts/{attempt}"
+
+
+def launch_marker(job_id: str, attempt: int) -> str:
+    """Return the file that the one supervisor of an attempt creates."""
+    return f"{attempt_dir(job_id, attempt)}/launched"
+
+
+def journal_dir(job_id: str, attempt: int) -> str:
+    """Return the directory of the journal's segments."""
+    return f"{attempt_dir(job_id, attempt)}/journal"
+
+
+def log_dir(job_id: str, attempt: int, rank: int) -> str:
+    """Return the directory of a rank's log segments."""
+    return f"{attempt_dir(job_id, attempt)}/logs/rank-{rank}"
+
+
+def checkpoint_dir(job_id: str, attempt: int, step: int) -> str:
+    """Return the directory of a checkpoint."""
+    return f"{attempt_dir(job_id, attempt)}/checkpoints/{step:09d}"

@@ -1,0 +1,50 @@
+"""Run storage as the API and the scheduler see it."""
+
+from collections.abc import Iterator
+
+from service.domain.journal import JournalRecord
+from service.storage.journal_file import read_journal
+from service.storage.layout import launch_marker, log_dir
+from service.storage.manifest import MANIFEST_NAME
+from service.storage.object_store import ObjectStore
+from service.storage.segments import read_sequence, sequence_size
+
+
+class StoredRunFiles:
+    """Implements ``service.domain.ports.RunFiles``.
+
+    Args:
+        store: run storage.
+    """
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    def size(self, path: str) -> int:
+        """Return a file's size in bytes. Raises ``NotFound``."""
+        return self._store.size(path)
+
+    def read(self, path: str, start: int, stop: int) -> bytes:
+        """Return the bytes ``[start, stop)`` of a file. Raises ``NotFound``."""
+        return self._store.read(path, start, stop)
+
+    def log_size(self, job_id: str, attempt: int, rank: int) -> int:
+        """Return the bytes logged by a rank so far; 0 if none."""
+        return sequence_size(self._store, log_dir(job_id, attempt, rank))
+
+    def read_log(self, job_id: str, attempt: int, rank: int, start: int, stop: int) -> bytes:
+        """Return the bytes ``[start, stop)`` of a rank's log, as far as they exist."""
+        return read_sequence(self._store, log_dir(job_id, attempt, rank), start, stop)
+
+    def was_launched(self, job_id: str, attempt: int) -> bool:
+        """Return whether a supervisor has taken the attempt's launch marker."""
+        return self._store.exists(launch_marker(job_id, attempt))
+
+    def journal(self, job_id: str, attempt: int, *, after: int) -> Iterator[JournalRecord]:
+        """Yield the durable journal records after a sequence number, in order, up to the first that is torn."""
+        return read_journal(self._store, job_id, attempt, after=after)
+
+    def remove_checkpoint(self, path: str) -> None:
+        """Remove a checkpoint's directory, its manifest first; nothing if it is not there."""
+        self._store.remove(f"{path}/{MANIFEST_NAME}")
+        self._store.remove(path)

@@ -1,0 +1,117 @@
+"""Checkpoints on the node's own disk: written whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from service.domain.rank_protocol import RankTask
+from service.storage.manifest import MANIFEST_NAME, Manifest, write_manifest
+from service.training.errors import CheckpointFailed, CheckpointMismatch
+
+MODEL_NAME = "model.safetensors"
+TRAINING_STATE_NAME = "training_state.pt"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """Everything that the next step depends on.
+
+    The position in the schedule and in the sample order, and the seeds of every random generator, are pure functions
+    of the job's seed and ``step``; so they need no room of their own.
+
+    Attributes:
+        step: optimizer steps done.
+        model: parameters and buffers, with the names of the plain ``torch.nn`` model.
+        optimizer: its ``state_dict()``.
+    """
+
+    step: int
+    model: Mapping[str, torch.Tensor]
+    optimizer: dict[str, Any]
+
+
+def write_checkpoint(checkpoint: Checkpoint, task: RankTask, metrics: Mapping[str, float]) -> Path:
+    """Write a checkpoint below the staging directory, durably.
+
+    Args:
+        checkpoint: what to write.
+        task: whose it is, and where.
+        metrics: finite values to keep with it.
+
+    Returns:
+        Its directory, which appears under this name only when whole.
+
+    Raises:
+        CheckpointFailed: the disk does not take it; nothing is left behind.
+    """
+    staging = Path(task.staging_dir)
+    target = staging / str(checkpoint.step)
+    unfinished = None
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{checkpoint.step}-", dir=staging))
+        unfinished.chmod(0o755)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.items()}
+        safetensors.torch.save_file(tensors, unfinished / MODEL_NAME)
+        state = {"format_version": 1, "step": checkpoint.step, "seed": task.spec.seed}
+        torch.save({**state, "optimizer": checkpoint.optimizer}, unfinished / TRAINING_STATE_NAME)
+        write_manifest(
+            unfinished,
+            job_id=task.job_id,
+            attempt=task.attempt,
+            step=checkpoint.step,
+            spec_sha256=task.spec.sha256,
+            world_size=task.world_size,
+            metrics=metrics,
+            versions={"torch": torch.__version__},
+        )
+        unfinished.rename(target)
+        _sync_directory(staging)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointFailed(
+            f"the checkpoint of step {checkpoint.step} could not be written below {staging}: {error}. "
+            "Check the free space and the permissions there."
+        ) from error
+    return target
+
+
+def read_checkpoint(directory: Path, *, spec_sha256: str) -> Checkpoint:
+    """Read a checkpoint whose files were verified before.
+
+    Args:
+        directory: a local copy.
+        spec_sha256: hash of the specification that continues from it.
+
+    Raises:
+        CheckpointMismatch: it was written under another specification.
+    """
+    manifest = Manifest.model_validate_json((directory / MANIFEST_NAME).read_bytes())
+    if manifest.spec_sha256 != spec_sha256:
+        raise CheckpointMismatch(
+            f"{directory} is step {manifest.step} of a job with another specification (SHA-256 "
+            f"{manifest.spec_sha256}, this job's is {spec_sha256}). Continue from a checkpoint of this job."
+        )
+    state = torch.load(directory / TRAINING_STATE_NAME, map_location="cpu", weights_only=True)
+    return Checkpoint(
+        step=state["step"],
+        model=safetensors.torch.load_file(directory / MODEL_NAME),
+        optimizer=state["optimizer"],
+    )
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,113 @@
+"""The process group of an attempt, seen from one of its ranks."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from service.domain.rank_protocol import RankTask
+from service.training.errors import CollectiveFailed, DeviceMissing
+from syncbn.errors import CollectiveError
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The ranks that train together; a world of one has a process group too.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: number of ranks.
+        device: where this rank computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, task: RankTask) -> Self:
+        """Meet the other ranks.
+
+        Raises:
+            DeviceMissing: the job asks for a GPU that is not there.
+            CollectiveFailed: a rank did not come in time.
+        """
+        device = _choose_device(task.spec.resources.gpus_per_rank)
+        if task.interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = task.interface
+        timeout = timedelta(seconds=task.collective_timeout_s)
+        try:
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                task.rendezvous_host,
+                task.rendezvous_port,
+                task.world_size,
+                is_master=task.rank == 0,
+                timeout=timeout,
+                wait_for_workers=False,
+                master_listen_fd=task.rendezvous_fd,
+            )
+            dist.init_process_group(
+                "gloo" if device.type == "cpu" else "nccl",
+                store=store,
+                rank=task.rank,
+                world_size=task.world_size,
+                timeout=timeout,
+            )
+        except RuntimeError as error:
+            raise CollectiveFailed(
+                f"rank {task.rank} of {task.world_size} could not meet the others at "
+                f"{task.rendezvous_host}:{task.rendezvous_port} within {task.collective_timeout_s:g} s: {error}"
+            ) from error
+        return cls(rank=task.rank, size=task.world_size, device=device)
+
+    def await_all(self) -> None:
+        """Wait until every rank has done its work.
+
+        The process group is left to the end of the process: its destructor joins a thread that may want the GIL, which
+        DDP holds where it drops the last reference (torch 2.13; one in fifty processes hung).
+
+        Raises:
+            RuntimeError: a rank went away instead.
+        """
+        dist.barrier()
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Add up values over the ranks, in float64."""
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return [float(total) for total in totals.tolist()]
+
+    def take_buffers_of_first_rank(self, module: nn.Module) -> None:
+        """Overwrite every buffer of a module with rank 0's."""
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def is_collective_failure(error: BaseException) -> bool:
+    """Tell whether an error came from the exchange with other ranks.
+
+    DDP hands on what gloo raises, a plain ``RuntimeError``; only its text names the source file.
+    """
+    if isinstance(error, CollectiveFailed | CollectiveError | dist.DistError):
+        return True
+    return type(error) is RuntimeError and "/gloo/" in str(error)
+
+
+def _choose_device(gpus_per_rank: int) -> torch.device:
+    if gpus_per_rank == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DeviceMissing(
+            f"resources.gpus_per_rank is {gpus_per_rank}, but torch {torch.__version__} sees no CUDA device here. "
+            "Install a CUDA build of torch on the nodes, or set gpus_per_rank: 0."
+        )
+    torch.cuda.set_device(0)
+    # Without these a float32 result depends on the algorithm that a shape happens to get.
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda", 0)

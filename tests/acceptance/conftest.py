@@ -1,0 +1,29 @@
+"""One embedded service for the tests that do not break it; every test leaves the machine as it found it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.embedded_service import EmbeddedServiceProcess
+
+
+def _left_on_the_machine() -> set[Path]:
+    # Ray's own default session directory would be /tmp/ray.
+    return {*Path("/dev/shm").iterdir(), *Path("/tmp").glob("ray")}
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServiceProcess]:
+    before = _left_on_the_machine()
+    running = EmbeddedServiceProcess(tmp_path_factory.mktemp("service") / "data")
+    yield running
+    assert running.stop() == 0
+    assert _left_on_the_machine() <= before
+
+
+@pytest.fixture
+def clean_machine() -> Iterator[None]:
+    before = _left_on_the_machine()
+    yield
+    assert _left_on_the_machine() <= before

@@ -1,0 +1,765 @@
+"""Implementations of the domain's ports in memory, and the API over them on a port of this machine.
+
+They keep the promises that the ports write down, so the contract suites run on them too.
+"""
+
+import base64
+import binascii
+import copy
+import hashlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import pytest
+
+from service.domain.errors import (
+    IdempotencyConflict,
+    InvalidCursor,
+    InvalidTransition,
+    LeaseLost,
+    NotFound,
+    StaleWrite,
+    Unavailable,
+)
+from service.domain.job import (
+    Attempt,
+    AttemptStatus,
+    Checkpoint,
+    CheckpointFile,
+    Event,
+    Failure,
+    Job,
+    JobStatus,
+    MetricPoint,
+    Outcome,
+    Reason,
+    check_transition,
+)
+from service.domain.journal import (
+    CheckpointQuarantined,
+    CheckpointWritten,
+    Ended,
+    JournalRecord,
+    Launched,
+    Metrics,
+    Placed,
+    Report,
+    Resumed,
+    Running,
+    Warned,
+    utc_now,
+)
+from service.domain.placement import Node
+from service.domain.ports import ClusterSnapshot, Feed, IdempotencyKey, JobPage, Lease, LiveAttempt
+from service.domain.retry import after_attempt
+from service.domain.spec import JobSpec, parse_spec
+
+if TYPE_CHECKING:
+    from service.api.server import ApiServer
+
+LIVE = (AttemptStatus.CREATED, AttemptStatus.LAUNCHED, AttemptStatus.RUNNING, AttemptStatus.ENDED)
+
+
+@dataclass(kw_only=True)
+class _Row:
+    """All that is kept of one job; what is superseded stays, but does not count.
+
+    Attributes:
+        superseded_points: (position, name).
+        superseded_checkpoints: (attempt, step).
+        ran_until: when an attempt last reported, by number.
+        said: what an attempt said at its end, by number.
+    """
+
+    number: int
+    job: Job
+    attempts: list[Attempt] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    points: list[MetricPoint] = field(default_factory=list)
+    checkpoints: dict[tuple[int, int], Checkpoint] = field(default_factory=dict)
+    superseded_points: set[tuple[int, str]] = field(default_factory=set)
+    superseded_checkpoints: set[tuple[int, int]] = field(default_factory=set)
+    quarantined: set[tuple[int, int]] = field(default_factory=set)
+    ran_until: dict[int, datetime] = field(default_factory=dict)
+    said: dict[int, str] = field(default_factory=dict)
+    position: int = 0
+
+    def change(self, **values: object) -> None:
+        self.job = self.job.model_copy(update=values)
+
+    def change_attempt(self, number: int, **values: object) -> None:
+        self.attempts[number - 1] = self.attempts[number - 1].model_copy(update=values)
+
+    def add_event(
+        self, kind: str, message: str, reason: Reason | None = None, *, time: datetime | None = None, **data: object
+    ) -> None:
+        self.position += 1
+        self.events.append(
+            Event(
+                position=self.position,
+                time=time or utc_now(),
+                kind=kind,
+                attempt=self.job.attempt,
+                reason=reason,
+                message=message,
+                data=data,
+            )
+        )
+
+    def move(self, status: JobStatus, reason: Reason, message: str, *, time: datetime | None = None) -> None:
+        check_transition(self.job.status, status)
+        self.add_event("status", message, reason, time=time, **{"from": self.job.status, "to": status})
+        self.change(status=status, reason=reason, message=message)
+        if status.is_terminal:
+            self.change(ended_at=utc_now(), cancel_requested=False)
+
+    def counting_points(self) -> list[MetricPoint]:
+        return [point for point in self.points if (point.position, point.name) not in self.superseded_points]
+
+    def counting(self) -> list[Checkpoint]:
+        left_out = self.superseded_checkpoints | self.quarantined
+        return sorted(
+            (one for key, one in self.checkpoints.items() if key not in left_out),
+            key=lambda checkpoint: checkpoint.step,
+        )
+
+
+class FakeJobStore:
+    """``JobStore`` and ``SchedulerStore`` in memory.
+
+    ``unavailable`` makes every call raise ``Unavailable``; ``error`` makes every call raise that.
+    """
+
+    def __init__(self) -> None:
+        self.unavailable = False
+        self.error: Exception | None = None
+        self._lock = threading.RLock()
+        self._rows: dict[str, _Row] = {}
+        self._keys: dict[tuple[str, str, str], tuple[str, Job]] = {}
+        self._nodes = ClusterSnapshot(nodes=(), observed_at=None)
+        self._lease: Lease | None = None
+        self._lease_ends = 0.0
+        self._epochs = itertools.count(1)
+
+    # What the API needs.
+
+    def submit(self, spec: JobSpec, *, key: IdempotencyKey | None = None) -> tuple[Job, bool]:
+        with self._transaction():
+            name = None if key is None else (key.owner, key.route, key.key)
+            if key is not None and name is not None and name in self._keys:
+                body_sha256, job = self._keys[name]
+                if body_sha256 != key.body_sha256:
+                    raise IdempotencyConflict(f"The idempotency key {key.key!r} was used before with another body.")
+                return job, False
+            number = len(self._rows) + 1
+            job = Job(
+                id=f"job-{number:04d}",
+                spec=spec,
+                status=JobStatus.QUEUED,
+                reason=Reason.SUBMITTED,
+                message="Waits to be placed.",
+                attempt=0,
+                retries_used=0,
+                step=0,
+                num_steps=spec.num_steps,
+                cancel_requested=False,
+                running_s=0.0,
+                failure=None,
+                created_at=utc_now(),
+                started_at=None,
+                ended_at=None,
+            )
+            row = self._rows[job.id] = _Row(number=number, job=job)
+            row.add_event(
+                "status", job.message, Reason.SUBMITTED, time=job.created_at, **{"from": None, "to": JobStatus.QUEUED}
+            )
+            if key is not None and name is not None:
+                self._keys[name] = (key.body_sha256, job)
+            return job, True
+
+    def get(self, job_id: str) -> Job:
+        with self._transaction():
+            return self._row(job_id).job
+
+    def list_jobs(
+        self,
+        *,
+        statuses: Sequence[JobStatus] = (),
+        name: str | None = None,
+        labels: Sequence[tuple[str, str]] = (),
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> JobPage:
+        with self._transaction():
+            before = len(self._rows) + 1 if cursor is None else _decode_cursor(cursor)
+            found = [
+                row
+                for row in sorted(self._rows.values(), key=lambda row: -row.number)
+                if row.number < before
+                and (not statuses or row.job.status in statuses)
+                and name in (None, row.job.spec.name)
+                and all(row.job.spec.labels.get(key) == value for key, value in labels)
+            ]
+            shown = found[:limit]
+            return JobPage(
+                jobs=tuple(row.job for row in shown),
+                next_cursor=_encode_cursor(shown[-1].number) if len(found) > limit else None,
+            )
+
+    def request_cancel(self, job_id: str) -> Job:
+        with self._transaction():
+            row = self._row(job_id)
+            status = row.job.status
+            if status is JobStatus.QUEUED:
+                row.move(JobStatus.CANCELLED, Reason.CANCELLED, "Cancelled before it was placed.")
+            elif status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
+                raise InvalidTransition(f"Job {job_id} has already {status}; there is nothing left to cancel.")
+            elif status in (JobStatus.STARTING, JobStatus.RUNNING) and not row.job.cancel_requested:
+                row.change(cancel_requested=True)
+                row.add_event("cancel_requested", "Asked to cancel.", Reason.CANCEL_REQUESTED)
+            return row.job
+
+    def attempts(self, job_id: str) -> tuple[Attempt, ...]:
+        with self._transaction():
+            return tuple(self._row(job_id).attempts)
+
+    def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> tuple[Event, ...]:
+        with self._transaction():
+            return tuple([event for event in self._row(job_id).events if event.position > after][:limit])
+
+    def metrics(self, job_id: str, *, names: Sequence[str] = (), after_step: int = -1) -> tuple[MetricPoint, ...]:
+        with self._transaction():
+            row = self._row(job_id)
+            points = [
+                point
+                for point in row.counting_points()
+                if point.step > after_step and (not names or point.name in names)
+            ]
+            return tuple(sorted(points, key=lambda point: (point.step, point.name)))
+
+    def feed(self, job_id: str, *, after: int = 0, limit: int = 1000) -> Feed:
+        with self._transaction():
+            row = self._row(job_id)
+            events = [event for event in row.events if event.position > after]
+            points = [point for point in row.counting_points() if point.position > after]
+            positions = sorted({event.position for event in events} | {point.position for point in points})[:limit]
+            last = positions[-1] if len(positions) == limit else row.position
+            return Feed(
+                events=tuple(event for event in events if event.position <= last),
+                points=tuple(point for point in points if point.position <= last),
+                position=last,
+            )
+
+    def checkpoints(self, job_id: str) -> tuple[Checkpoint, ...]:
+        with self._transaction():
+            return tuple(self._row(job_id).counting())
+
+    def cluster(self) -> ClusterSnapshot:
+        with self._transaction():
+            return self._nodes
+
+    def ping(self) -> None:
+        with self._transaction():
+            pass
+
+    # What the scheduler needs.
+
+    def acquire_lease(self, holder: str, ttl_s: float) -> Lease | None:
+        with self._transaction():
+            now = time.monotonic()
+            if self._lease is not None and now < self._lease_ends and self._lease.holder != holder:
+                return None
+            if self._lease is None or now >= self._lease_ends or self._lease.holder != holder:
+                self._lease = Lease(holder=holder, epoch=next(self._epochs))
+            self._lease_ends = now + ttl_s
+            return self._lease
+
+    def release_lease(self, lease: Lease) -> None:
+        with self._transaction():
+            if self._lease == lease:
+                self._lease_ends = 0.0
+
+    def record_nodes(self, lease: Lease, nodes: Sequence[Node]) -> None:
+        with self._transaction(lease):
+            self._nodes = ClusterSnapshot(nodes=tuple(nodes), observed_at=utc_now())
+
+    def queued_jobs(self, limit: int = 1000) -> tuple[Job, ...]:
+        with self._transaction():
+            queued = [row for row in self._rows.values() if row.job.status is JobStatus.QUEUED]
+            queued.sort(key=lambda row: (-row.job.spec.priority, row.number))
+            return tuple(row.job for row in queued[:limit])
+
+    def live_attempts(self) -> tuple[LiveAttempt, ...]:
+        with self._transaction():
+            return tuple(
+                LiveAttempt(job=row.job, attempt=attempt)
+                for row in self._rows.values()
+                for attempt in row.attempts
+                if attempt.status in LIVE
+            )
+
+    def create_attempt(self, lease: Lease, job_id: str, *, node_ids: Sequence[str]) -> Attempt | None:
+        with self._transaction(lease):
+            row = self._row(job_id)
+            if row.job.status is not JobStatus.QUEUED:
+                return None
+            attempt = Attempt(
+                job_id=job_id,
+                number=row.job.attempt + 1,
+                status=AttemptStatus.CREATED,
+                world_size=len(node_ids),
+                node_ids=tuple(node_ids),
+                last_sequence=0,
+                resumed_from_step=None,
+                stop_reason=None,
+                outcome=None,
+                reason=None,
+                failure=None,
+                created_at=utc_now(),
+                running_at=None,
+                ended_at=None,
+            )
+            row.attempts.append(attempt)
+            row.change(attempt=attempt.number)
+            row.move(JobStatus.STARTING, Reason.ADMITTED, f"Placed on {len(node_ids)} worker(s); starting.")
+            row.add_event("attempt_created", f"Attempt {attempt.number} created.", world_size=len(node_ids))
+            return attempt
+
+    def set_message(self, lease: Lease, job_id: str, message: str) -> None:
+        with self._transaction(lease):
+            row = self._row(job_id)
+            if row.job.status is JobStatus.QUEUED:
+                row.change(message=message)
+
+    def ingest(self, lease: Lease, job_id: str, number: int, records: Sequence[JournalRecord]) -> None:
+        with self._transaction(lease):
+            row = copy.deepcopy(self._row(job_id))  # all of the records or none
+            if number != row.job.attempt or row.attempts[number - 1].status is AttemptStatus.SEALED:
+                raise StaleWrite(f"Attempt {number} of job {job_id} is not current.")
+            for record in records:
+                last = row.attempts[number - 1].last_sequence
+                if record.sequence <= last:
+                    continue
+                if record.sequence != last + 1:
+                    raise ValueError(f"record {record.sequence} follows {last}")
+                _take(row, number, record)
+                row.ran_until[number] = record.time
+                row.change_attempt(number, last_sequence=record.sequence)
+            self._rows[job_id] = row
+
+    def mark_stopping(self, lease: Lease, job_id: str, number: int, reason: Reason) -> None:
+        with self._transaction(lease):
+            row = self._row(job_id)
+            if number != row.job.attempt or row.attempts[number - 1].status is AttemptStatus.SEALED:
+                raise StaleWrite(f"Attempt {number} of job {job_id} is not current.")
+            if row.job.status is JobStatus.STOPPING or row.attempts[number - 1].stop_reason is reason:
+                return
+            row.change_attempt(number, stop_reason=reason)
+            if reason is Reason.SERVICE_STOPPED:
+                row.add_event("stop_requested", "Asked to stop: the service stops.", reason)
+            else:
+                row.move(JobStatus.STOPPING, reason, f"Asked to stop: {reason}.")
+
+    def seal_attempt(
+        self, lease: Lease, job_id: str, number: int, *, outcome: Outcome, reason: Reason, failure: Failure | None
+    ) -> Job:
+        with self._transaction(lease):
+            row = self._row(job_id)
+            if not 1 <= number <= len(row.attempts):
+                raise StaleWrite(f"Job {job_id} has no attempt {number}.")
+            attempt = row.attempts[number - 1]
+            if attempt.status is AttemptStatus.SEALED:
+                return row.job
+            failure = failure or attempt.failure
+            row.change_attempt(
+                number,
+                status=AttemptStatus.SEALED,
+                outcome=outcome,
+                reason=reason,
+                failure=failure,
+                ended_at=attempt.ended_at or utc_now(),
+            )
+            if attempt.ended_at is None:
+                row.add_event("ended", f"Attempt {number} ended: {reason}.", reason, outcome=outcome)
+            if attempt.running_at is not None:
+                ran_s = ((attempt.ended_at or row.ran_until[number]) - attempt.running_at).total_seconds()
+                row.change(running_s=row.job.running_s + max(0.0, ran_s))
+            _move_on(row, outcome, reason, failure)
+            return row.job
+
+    def resumable_checkpoints(self, job_id: str) -> tuple[Checkpoint, ...]:
+        with self._transaction():
+            return tuple(reversed(self._row(job_id).counting()))
+
+    def forget_checkpoint(self, lease: Lease, job_id: str, attempt: int, step: int) -> None:
+        with self._transaction(lease):
+            self._row(job_id).checkpoints.pop((attempt, step), None)
+
+    @contextmanager
+    def _transaction(self, lease: Lease | None = None) -> Iterator[None]:
+        with self._lock:
+            if self.error is not None:
+                raise self.error
+            if self.unavailable:
+                raise Unavailable("The database does not answer.")
+            if lease is not None and (lease != self._lease or time.monotonic() >= self._lease_ends):
+                raise LeaseLost(f"{lease.holder} no longer leads.")
+            yield
+
+    def _row(self, job_id: str) -> _Row:
+        if job_id not in self._rows:
+            raise NotFound(f"There is no job {job_id!r}.")
+        return self._rows[job_id]
+
+
+def _take(row: _Row, number: int, record: JournalRecord) -> None:
+    time = record.time
+    match record.report:
+        case Launched(supervisor_pid=pid):
+            _advance(row, number, AttemptStatus.LAUNCHED)
+            row.add_event("launched", "The supervisor runs.", time=time, supervisor_pid=pid)
+        case Placed(node_ids=node_ids):
+            row.change_attempt(number, node_ids=node_ids)
+            row.add_event("placed", f"{len(node_ids)} worker(s) have a process.", time=time)
+        case Resumed(step=step):
+            row.superseded_points |= {(point.position, point.name) for point in row.points if point.step > step}
+            row.superseded_checkpoints |= {key for key in row.checkpoints if key[1] > step}
+            row.change_attempt(number, resumed_from_step=step)
+            row.change(step=step)
+            row.add_event("resumed", f"Continues from step {step}.", time=time, step=step)
+        case Running(num_steps=num_steps):
+            _advance(row, number, AttemptStatus.RUNNING)
+            row.change_attempt(number, running_at=row.attempts[number - 1].running_at or time)
+            row.change(num_steps=num_steps, started_at=row.job.started_at or time)
+            if row.job.status is JobStatus.STARTING:
+                row.move(JobStatus.RUNNING, Reason.ALL_RANKS_STEPPED, "Every rank trains.", time=time)
+        case Metrics(step=step, values=values, nonfinite=nonfinite):
+            names = values.keys() | nonfinite.keys()
+            if not names:
+                return
+            row.superseded_points |= {
+                (point.position, point.name) for point in row.points if point.step == step and point.name in names
+            }
+            row.position += 1
+            row.points.extend(
+                MetricPoint(
+                    position=row.position,
+                    attempt=number,
+                    step=step,
+                    name=name,
+                    value=values.get(name),
+                    nonfinite=nonfinite.get(name),
+                )
+                for name in sorted(names)
+            )
+            row.change(step=max(step, row.job.step))
+        case CheckpointWritten(step=step):
+            row.superseded_checkpoints |= {key for key in row.checkpoints if key[1] == step}
+            row.superseded_checkpoints -= {(number, step)}
+            row.quarantined -= {(number, step)}
+            row.checkpoints[number, step] = Checkpoint(
+                job_id=row.job.id,
+                attempt=number,
+                created_at=time,
+                **record.report.model_dump(exclude={"kind"}),
+            )
+            row.change(step=max(step, row.job.step))
+            row.add_event("checkpoint", f"Checkpoint of step {step}.", time=time, step=step)
+        case CheckpointQuarantined(step=step, message=message):
+            counting = row.checkpoints.keys() - row.superseded_checkpoints
+            row.quarantined |= {key for key in counting if key[1] == step}
+            row.add_event("checkpoint_quarantined", message, time=time, step=step)
+        case Warned(message=message, rank=rank):
+            row.add_event("warning", message, time=time, rank=rank)
+        case Ended(outcome=outcome, reason=reason, failure=failure, step=step, message=message):
+            _advance(row, number, AttemptStatus.ENDED)
+            row.change_attempt(number, outcome=outcome, reason=reason, failure=failure, ended_at=time)
+            row.said[number] = message
+            row.change(step=max(step, row.job.step))
+            row.add_event("ended", message, reason, time=time, outcome=outcome, step=step)
+
+
+def _advance(row: _Row, number: int, status: AttemptStatus) -> None:
+    order = list(AttemptStatus)
+    row.change_attempt(number, status=max(row.attempts[number - 1].status, status, key=order.index))
+
+
+def _move_on(row: _Row, outcome: Outcome, reason: Reason, failure: Failure | None) -> None:
+    job = row.job
+    following = after_attempt(
+        outcome=outcome,
+        reason=reason,
+        status=JobStatus.STOPPING if job.cancel_requested else job.status,
+        retries_used=job.retries_used,
+        retry_budget=job.spec.retry.budget,
+    )
+    row.change(retries_used=job.retries_used + following.costs_retry)
+    message = row.said.get(job.attempt) or f"Attempt {job.attempt} ended: {reason}."
+    if following.status is JobStatus.FAILED:
+        row.change(failure=failure)
+        message = f"{failure.error_type}: {failure.message}" if failure else message
+    elif following.status is JobStatus.CANCELLED and job.status is not JobStatus.STOPPING:
+        row.move(JobStatus.STOPPING, Reason.CANCEL_REQUESTED, "Asked to stop.")
+    row.move(following.status, following.reason, message)
+
+
+def _encode_cursor(number: int) -> str:
+    return base64.urlsafe_b64encode(f"fake:{number}".encode()).decode()
+
+
+def _decode_cursor(cursor: str) -> int:
+    try:
+        prefix, _, number = base64.urlsafe_b64decode(cursor).decode().partition(":")
+        if prefix == "fake":
+            return int(number)
+    except (binascii.Error, ValueError):
+        pass
+    raise InvalidCursor("The cursor is not one that this service hands out. Start again without a cursor.")
+
+
+class FakeRunFiles:
+    """``RunFiles`` in memory: ``files`` by path, ``logs`` by (job, attempt, rank), ``journals`` by (job, attempt)."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.logs: dict[tuple[str, int, int], bytes] = {}
+        self.journals: dict[tuple[str, int], list[JournalRecord]] = {}
+        self.launched: set[tuple[str, int]] = set()
+
+    def size(self, path: str) -> int:
+        return len(self._file(path))
+
+    def read(self, path: str, start: int, stop: int) -> bytes:
+        return self._file(path)[start:stop]
+
+    def log_size(self, job_id: str, attempt: int, rank: int) -> int:
+        return len(self.logs.get((job_id, attempt, rank), b""))
+
+    def read_log(self, job_id: str, attempt: int, rank: int, start: int, stop: int) -> bytes:
+        return self.logs.get((job_id, attempt, rank), b"")[start:stop]
+
+    def was_launched(self, job_id: str, attempt: int) -> bool:
+        return (job_id, attempt) in self.launched
+
+    def journal(self, job_id: str, attempt: int, *, after: int) -> Iterator[JournalRecord]:
+        return (record for record in self.journals.get((job_id, attempt), []) if record.sequence > after)
+
+    def remove_checkpoint(self, path: str) -> None:
+        for name in [name for name in self.files if name.startswith(f"{path}/")]:
+            del self.files[name]
+
+    def _file(self, path: str) -> bytes:
+        if path not in self.files:
+            raise NotFound(f"There is no file {path}.")
+        return self.files[path]
+
+
+class FakeScheduler:
+    """Moves the jobs of a store on, as a scheduler with a cluster would.
+
+    Args:
+        store: the jobs.
+        files: where checkpoints and logs go.
+    """
+
+    def __init__(self, store: FakeJobStore, files: FakeRunFiles) -> None:
+        self.store = store
+        self.files = files
+
+    def start(self, job_id: str) -> int:
+        """Begin an attempt, up to its first step; return its number."""
+        spec = self.store.get(job_id).spec
+        attempt = self.store.create_attempt(self._lease(), job_id, node_ids=["node"] * spec.workers)
+        assert attempt is not None
+        self.report(job_id, Launched(supervisor_pid=1), Running(num_steps=spec.num_steps or 1))
+        return attempt.number
+
+    def report(self, job_id: str, *reports: Report) -> None:
+        """Take reports of the current attempt into the store."""
+        attempt = self.store.attempts(job_id)[-1]
+        records = [
+            JournalRecord.model_validate(
+                {"sequence": attempt.last_sequence + place, "time": utc_now(), "report": report.model_dump()}
+            )
+            for place, report in enumerate(reports, 1)
+        ]
+        self.store.ingest(self._lease(), job_id, attempt.number, records)
+
+    def metrics(self, job_id: str, step: int, **values: float) -> None:
+        """Report metrics; ``train_loss`` stands for ``train/loss``."""
+        named = {name.replace("_", "/", 1): value for name, value in values.items()}
+        self.report(job_id, Metrics.of(step, named))
+
+    def checkpoint(self, job_id: str, step: int, files: Mapping[str, bytes], **metrics: float) -> None:
+        """Commit a checkpoint with these files."""
+        job = self.store.get(job_id)
+        path = f"jobs/{job_id}/attempts/{job.attempt}/checkpoints/{step}"
+        manifest = b'{"format": 1}'
+        for name, content in {**files, "manifest.json": manifest}.items():
+            self.files.files[f"{path}/{name}"] = content
+        report = CheckpointWritten(
+            step=step,
+            path=path,
+            manifest_sha256=sha256(manifest),
+            files=tuple(
+                CheckpointFile(name=name, size_bytes=len(content), sha256=sha256(content))
+                for name, content in files.items()
+            ),
+            metrics={name.replace("_", "/", 1): value for name, value in metrics.items()},
+        )
+        self.report(job_id, report)
+
+    def end(
+        self,
+        job_id: str,
+        outcome: Outcome = Outcome.SUCCEEDED,
+        reason: Reason = Reason.COMPLETED,
+        failure: Failure | None = None,
+    ) -> Job:
+        """End and seal the current attempt."""
+        job = self.store.get(job_id)
+        return self.store.seal_attempt(
+            self._lease(), job_id, job.attempt, outcome=outcome, reason=reason, failure=failure
+        )
+
+    def stop(self, job_id: str, reason: Reason = Reason.CANCEL_REQUESTED) -> None:
+        """Ask the current attempt to stop."""
+        self.store.mark_stopping(self._lease(), job_id, self.store.get(job_id).attempt, reason)
+
+    def _lease(self) -> Lease:
+        lease = self.store.acquire_lease("fake", ttl_s=3600)
+        assert lease is not None
+        return lease
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+class FakeService:
+    """The API over a fake store, served on a loopback port by a thread; can be stopped and started again.
+
+    Args:
+        token: what it asks for.
+        capacity: as ``create_app`` takes it.
+    """
+
+    def __init__(self, *, token: str = "secret-token", capacity: Sequence[Node] | None = None) -> None:
+        self.store = FakeJobStore()
+        self.files = FakeRunFiles()
+        self.scheduler = FakeScheduler(self.store, self.files)
+        self.token = token
+        self.capacity = capacity
+        self.nudges = 0
+        self.heartbeat_s = 15.0
+        self.was_stopped = False
+        self._port = 0
+        self._server: ApiServer | None = None
+        self._thread: threading.Thread | None = None
+
+    def reset(self) -> None:
+        """Forget all jobs and files."""
+        self.store.__init__()  # type: ignore[misc]
+        self.files.__init__()  # type: ignore[misc]
+        self.nudges = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        """Listen, on the port of the last time if there was one."""
+        from service.api.app import create_app
+        from service.api.server import api_server, bind
+        from service.api.streaming import StreamSettings
+
+        listener = bind(port=self._port)
+        self._port = listener.getsockname()[1]
+        app = create_app(
+            store=self.store,
+            files=self.files,
+            token=self.token,
+            nudge=self._nudge,
+            capacity=self.capacity,
+            streams=StreamSettings(poll_s=0.01, heartbeat_s=self.heartbeat_s),
+        )
+        self._server = api_server(app, shutdown_grace_s=1)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
+        self._thread.start()
+        wait_for(lambda: self._server is not None and self._server.started)
+
+    def stop(self) -> None:
+        """Stop as a terminated server would; connections under way are ended."""
+        self.was_stopped = True
+        if self._server is not None and self._thread is not None:
+            self._server.should_exit = True
+            self._thread.join(timeout=10)
+            assert not self._thread.is_alive()
+            self._server = self._thread = None
+
+    def submit(self, **changes: object) -> Job:
+        """Store a job, without the API."""
+        return self.store.submit(spec(**changes))[0]
+
+    def _nudge(self) -> None:
+        self.nudges += 1
+
+
+@pytest.fixture(scope="session")
+def running_services() -> Iterator[list[FakeService]]:
+    """Keep a service from one test to the next: stopping one takes uvicorn a tenth of a second."""
+    services: list[FakeService] = []
+    yield services
+    for service in services:
+        service.stop()
+
+
+@pytest.fixture
+def service(running_services: list[FakeService]) -> Iterator[FakeService]:
+    """A service without jobs, with its settings as they were made."""
+    if not running_services:
+        running_services.append(FakeService())
+        running_services[0].start()
+    service = running_services[0]
+    service.reset()
+    yield service
+    if service.was_stopped:  # a test that did so may have changed what it starts with
+        running_services.clear()
+        service.stop()
+
+
+def spec_data(**changes: object) -> dict[str, object]:
+    """Return a small job as a user writes it; ``batch__size=4`` changes a field below another."""
+    data: dict[str, object] = {
+        "name": "digits",
+        "model": {"factory": "builtin:mlp"},
+        "dataset": {"factory": "builtin:digits"},
+        "batch": {"size": 16},
+        "steps": 10,
+    }
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        inner = data
+        for parent in parents:
+            inner = inner.setdefault(parent, {})  # type: ignore[assignment]
+        inner[last] = value
+    return data
+
+
+def spec(**changes: object) -> JobSpec:
+    """Return a small job; changes as ``spec_data`` takes them."""
+    return parse_spec(spec_data(**changes))
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Return when a condition holds; fail if it does not within the time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come to hold in time"
+        time.sleep(0.005)

@@ -1,0 +1,163 @@
+"""The promise of the product: neither the number of ranks nor accumulation changes what is computed.
+
+If every world disagrees with the naive loop, the arithmetic of a step is wrong (order of samples, loss, clipping,
+schedule); if only the larger worlds do, something is averaged over ranks instead of summed over samples; if only the
+last figures of float64 differ, float32 has crept in. The control shows that these assertions can fail.
+"""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from service.domain.spec import JobSpec
+from service.training.checkpoints import read_checkpoint
+from service.training.datasets import build_dataset
+from service.training.models import build_model
+from service.training.sampling import SampleOrder
+from service.training.tasks import Loss
+from service.training.trainer import Trainer
+from service.training.world import World
+from tests.integration.training.gang import MLP, job_spec, run_job
+from tests.ranks import run_ranks
+
+NUM_STEPS = 50
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    return run_job(_residual_spec(), world_size=1, staging_dir=tmp_path_factory.mktemp("one-rank"))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_every_step_of_any_world_has_the_same_loss(world_size, one_rank, tmp_path):
+    rank = run_job(_residual_spec(), world_size=world_size, staging_dir=tmp_path)
+    # Seen: 4e-16, two units in the last place; room for other processors' summation, far below float32's 6e-8.
+    np.testing.assert_allclose(rank.curve("train/loss"), one_rank.curve("train/loss"), rtol=1e-11)
+    np.testing.assert_allclose(rank.curve("train/gradient_norm"), one_rank.curve("train/gradient_norm"), rtol=1e-10)
+    assert rank.curve("train/accuracy") == one_rank.curve("train/accuracy")
+    assert rank.curve("eval/accuracy") == one_rank.curve("eval/accuracy")
+    np.testing.assert_allclose(rank.curve("eval/loss"), one_rank.curve("eval/loss"), rtol=1e-10)
+    _assert_same_model(rank, one_rank, rtol=1e-9)  # running statistics included
+
+
+def test_local_batch_norm_does_depend_on_the_world(one_rank, tmp_path):
+    rank = run_job(_residual_spec(norm={"kind": "local"}), world_size=4, staging_dir=tmp_path)
+    truth, found = np.array(one_rank.curve("train/loss")), np.array(rank.curve("train/loss"))
+    assert np.max(np.abs(found - truth) / truth) > 0.1
+    (warning,) = [message for message in rank.messages if message.kind == "warning"]
+    assert "depends on their number" in warning.message
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_step_is_what_a_naive_loop_computes(world_size, tmp_path):
+    spec = _residual_spec(steps=12, gradient_clip_norm=0.75, schedule={"warmup_steps": 4, "final_fraction": 0.1})
+    rank = run_job(spec, world_size=world_size, staging_dir=tmp_path)
+    losses, norms = _naive_losses_and_norms(spec)
+    np.testing.assert_allclose(rank.curve("train/loss"), losses, rtol=1e-11)
+    np.testing.assert_allclose(rank.curve("train/gradient_norm"), norms, rtol=1e-10)
+    assert max(norms) > 0.75, "nothing was clipped"
+
+
+def test_accumulation_is_exact(tmp_path):
+    spec = job_spec(
+        model=MLP, batch={"size": 24, "normalization_size": 8, "max_per_rank": 8}, steps=20, precision="float64"
+    )
+    losses, norms = _naive_losses_and_norms(spec)
+    runs = [run_job(spec, world_size=size, staging_dir=tmp_path / str(size)) for size in (1, 2, 3)]
+    for rank in runs:
+        np.testing.assert_allclose(rank.curve("train/loss"), losses, rtol=1e-11)
+        np.testing.assert_allclose(rank.curve("train/gradient_norm"), norms, rtol=1e-10)
+        _assert_same_model(rank, runs[0], rtol=1e-9)
+
+
+def test_float32_agrees_one_step_at_a_time(tmp_path):
+    # Over many steps float32 proves nothing, since training is chaotic: each step starts from the same state.
+    spec = job_spec(steps=21, checkpoint={"every_steps": 1})
+    rank = run_job(spec, world_size=1, staging_dir=tmp_path)
+    directories = list(rank.staged_dirs.values())[:20]
+    truth = np.array(rank.curve("train/loss")[1:]), np.array(rank.curve("train/gradient_norm")[1:])
+    for world_size in (1, 2, 3, 4):
+        for steps in run_ranks(world_size, _one_step_from_each, spec.model_dump_json(), directories):
+            # A sum over 16 samples, and one over 5000 weights, in float32 (2⁻²⁴ = 6e-8).
+            np.testing.assert_allclose([loss for loss, _ in steps], truth[0], rtol=1e-6)
+            np.testing.assert_allclose([norm for _, norm in steps], truth[1], rtol=1e-5)
+
+
+def test_a_loss_that_does_not_weigh_every_sample_is_divided_by_its_global_weight():
+    # Where ranks hold unequal numbers of valid samples, an average of their averages is wrong.
+    spec = job_spec(model=MLP, precision="float64").model_dump_json()
+    (truth,), *others = (run_ranks(size, _steps_ignoring_small_digits, spec) for size in (1, 2, 3))
+    for ranks in others:
+        for losses, norms in ranks:
+            np.testing.assert_allclose(losses, truth[0], rtol=1e-12)
+            np.testing.assert_allclose(norms, truth[1], rtol=1e-11)
+
+
+def _residual_spec(**overrides):
+    return job_spec(**{"precision": "float64", "steps": NUM_STEPS, **overrides})
+
+
+def _assert_same_model(rank, other, *, rtol):
+    found, expected = (load_file(max(run.staged_dirs.items())[1] / "model.safetensors") for run in (rank, other))
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
+
+
+def _trainer(rank, spec_json, **options):
+    spec = JobSpec.model_validate_json(spec_json)
+    world = World(rank=rank, size=torch.distributed.get_world_size(), device=torch.device("cpu"))
+    trainer = Trainer(spec=spec, dataset=build_dataset(spec.dataset), world=world, **options)
+    trainer.settle()
+    return trainer
+
+
+def _steps_ignoring_small_digits(rank, spec_json):
+    def loss_of(logits, targets):
+        valid = targets >= 3
+        loss = F.cross_entropy(logits[valid], targets[valid], reduction="sum")
+        return Loss(sum=loss, weight=float(valid.sum()), num_correct=0.0)
+
+    trainer = _trainer(rank, spec_json, loss_of=loss_of)
+    results = [trainer.step() for _ in range(5)]
+    return [result.loss for result in results], [result.gradient_norm for result in results]
+
+
+def _one_step_from_each(rank, spec_json, directories):
+    trainer = _trainer(rank, spec_json)
+    results = []
+    for directory in directories:
+        trainer.restore(read_checkpoint(directory, spec_sha256=JobSpec.model_validate_json(spec_json).sha256))
+        result = trainer.step()
+        results.append((result.loss, result.gradient_norm))
+    return results
+
+
+def _naive_losses_and_norms(spec):
+    """Plain torch, one process, float64: what the job means."""
+    dataset = build_dataset(spec.dataset)
+    order = SampleOrder(num_samples=len(dataset.training), batch_size=spec.batch.size, seed=spec.seed)
+    model = build_model(spec.model, input_shape=(1, 8, 8), num_classes=10, seed=spec.seed).double()
+    options = spec.optimizer
+    optimizer = torch.optim.SGD(
+        model.parameters(), momentum=options.momentum, nesterov=options.nesterov, weight_decay=options.weight_decay
+    )
+    warmup, steps, final = spec.schedule.warmup_steps, spec.num_steps, spec.schedule.final_fraction
+    losses, norms = [], []
+    for step in range(steps):
+        cosine = (1 + np.cos(np.pi * (step - warmup + 1) / (steps - warmup))) / 2
+        factor = (step + 1) / warmup if step < warmup else final + (1 - final) * cosine
+        optimizer.param_groups[0]["lr"] = options.learning_rate * factor
+        optimizer.zero_grad()
+        rows = torch.from_numpy(order.minibatch(step).copy())
+        loss = sum(
+            F.cross_entropy(model(dataset.training.inputs[part]), dataset.training.targets[part], reduction="sum")
+            for part in rows.split(spec.batch.samples_normalized_together)
+        )
+        loss = loss / spec.batch.size
+        loss.backward()
+        clip = spec.gradient_clip_norm or float("inf")
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, norms

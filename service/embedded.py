@@ -76,7 +76,8 @@ class Child:
         """Note that it ended, and when it may start again."""
         self.pid = None
         now = time.monotonic()
-        self._num_short_lives = 0 if now - self._started_at > STABLE_S else self._num_short_lives + 1
+        # Counted no further than the longest wait needs: a child may fail for days.
+        self._num_short_lives = 0 if now - self._started_at > STABLE_S else min(self._num_short_lives + 1, 10)
         backoff_s = 0.0 if self._num_short_lives <= 1 else min(MAX_BACKOFF_S, 0.25 * 2**self._num_short_lives)
         self.start_not_before = now + backoff_s
         logger.warning("%s ended with status %d; see %s", self.name, exit_status, self._log_path)
@@ -192,9 +193,9 @@ class EmbeddedService:
         try:
             headers = {"Authorization": f"Bearer {self._settings.token}"}
             snapshot = httpx.get(f"{self.url}/v1/cluster", headers=headers, timeout=TICK_S)
-            observed_at = snapshot.raise_for_status().json()["observed_at"]
+            cluster = snapshot.raise_for_status().json()
             # A snapshot of an earlier run says nothing about this one.
-            ready = observed_at is not None and datetime.fromisoformat(observed_at) > started_at
+            ready = bool(cluster["nodes"]) and datetime.fromisoformat(cluster["observed_at"]) > started_at
         except (httpx.HTTPError, ValueError):
             ready = False
         if ready:

@@ -1,5 +1,6 @@
 """The cluster as the scheduler sees it; implements ``service.domain.ports.Cluster`` on Ray Core."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ REST_S = 5.0
 LOOK_S = 0.02
 # A supervisor that has not answered for this much longer than it may rest cannot be reached.
 PATIENCE_S = 10.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +53,20 @@ class RayCluster:
     def __init__(self, *, address: str, node_ip: str | None, work_dir: str) -> None:
         self._work_dir = work_dir
         self._reads: dict[tuple[str, int], _Read] = {}
-        self._agents: dict[str, Any] = {}
+        self._agents: dict[str, _Agent] = {}
         options: dict[str, Any] = {} if node_ip is None else {"_node_ip_address": node_ip}
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False, **options)
 
     def nodes(self) -> tuple[Node, ...]:
-        """Return the nodes that are alive and have CPUs; each gets an agent as soon as it is seen."""
+        """Return the nodes that can run a rank: alive, with CPUs, and with a forkserver that is ready.
+
+        Each node gets an agent, and with it a forkserver, as soon as it is seen.
+        """
         try:
             found = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+            self._agents = {node["NodeID"]: self._agent(node["NodeID"]) for node in found}
         except RayError as error:
             raise Unavailable(f"Ray does not answer: {error}") from error
-        self._agents = {node["NodeID"]: self._agent(node["NodeID"]) for node in found}
         return tuple(
             Node(
                 id=node["NodeID"],
@@ -72,6 +78,7 @@ class RayCluster:
                 ),
             )
             for node in sorted(found, key=lambda node: str(node["NodeID"]))
+            if self._agents[node["NodeID"]].is_ready
         )
 
     def launch(self, launch: Launch) -> None:
@@ -146,20 +153,49 @@ class RayCluster:
         """Leave the cluster; what is detached runs on."""
         ray.shutdown()
 
-    def _agent(self, node_id: str) -> Any:  # noqa: ANN401 - Ray's handles are untyped
-        if node_id in self._agents:
-            return self._agents[node_id]
-        return (
-            ray.remote(NodeAgent)
-            .options(
-                name=node_agent_name(node_id),
-                namespace=NAMESPACE,
-                lifetime="detached",
-                get_if_exists=True,
-                num_cpus=0,
-                max_restarts=-1,
-                max_task_retries=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-            )
-            .remote(self._work_dir)
+    def _agent(self, node_id: str) -> "_Agent":
+        agent = self._agents.get(node_id)
+        if agent is None or not agent.look():
+            agent = _Agent(_start_agent(node_id, self._work_dir))
+        return agent
+
+
+class _Agent:
+    """A node's agent, and whether its forkserver has been ready.
+
+    Args:
+        handle: of the actor.
+    """
+
+    def __init__(self, handle: Any) -> None:  # noqa: ANN401 - Ray's handles are untyped
+        self._answer = handle.forkserver.remote()
+
+        self.is_ready = False
+
+    def look(self) -> bool:
+        """See whether the forkserver became ready; False if the agent could not start it, and is gone."""
+        if not self.is_ready and ray.wait([self._answer], timeout=0)[0]:
+            try:
+                ray.get(self._answer)
+            except RayError:
+                logger.exception("A node's forkserver did not start; it will be tried again")
+                return False
+            self.is_ready = True
+        return True
+
+
+def _start_agent(node_id: str, work_dir: str) -> Any:  # noqa: ANN401
+    return (
+        ray.remote(NodeAgent)
+        .options(
+            name=node_agent_name(node_id),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         )
+        .remote(work_dir)
+    )

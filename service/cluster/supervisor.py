@@ -1,6 +1,7 @@
 """The detached actor that owns one attempt: its placement group, its ranks and its journal."""
 
 import asyncio
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ from service.storage.object_store import ObjectStore
 PEER_REPORT_S = 2.0
 KILL_TIMEOUT_S = 20.0
 
+logger = logging.getLogger(__name__)
+
 
 class Supervisor:
     """Runs one attempt from launch to end.
@@ -66,8 +69,7 @@ class Supervisor:
         if self._is_started:
             return
         self._is_started = True
-        marker = launch_marker(self._launch.job_id, self._launch.attempt)
-        if not await asyncio.to_thread(self._store.create_exclusively, marker, str(os.getpid()).encode()):
+        if not await self._take_launch_marker():
             ray.actor.exit_actor()
         async with self._journal.flushing():
             self._journal.add(Launched(supervisor_pid=os.getpid()))
@@ -77,8 +79,24 @@ class Supervisor:
                 ended = self._launch_failed(f"not all of them had a process after {self._launch.start_timeout_s:g} s")
             except (RayError, ServiceError, OSError) as error:
                 ended = self._launch_failed(f"{type(error).__name__}: {error}")
-            await self._release()
-            self._journal.add(ended)
+            except Exception as error:
+                # Without a last record the scheduler would wait for one forever: this supervisor still answers.
+                logger.exception("The supervisor failed")
+                message = f"The supervisor failed: {type(error).__name__}: {error}"
+                ended = Ended(outcome=Outcome.LOST, reason=Reason.SUPERVISOR_LOST, message=message, step=self._step)
+            try:
+                await self._release()
+            finally:
+                self._journal.add(ended)
+
+    async def _take_launch_marker(self) -> bool:
+        """Take the attempt's launch marker; False if another supervisor has, or if storage refuses it."""
+        marker = launch_marker(self._launch.job_id, self._launch.attempt)
+        try:
+            return await asyncio.to_thread(self._store.create_exclusively, marker, str(os.getpid()).encode())
+        except OSError:
+            logger.exception("The launch marker could not be written")
+            return False
 
     async def read(self, after: int, wait_s: float) -> Sequence[JournalRecord]:
         """Return journal records after a sequence number; waits for some, up to ``wait_s`` seconds."""

@@ -330,12 +330,6 @@ def _field_problem(error: Mapping[str, Any]) -> FieldProblem:
         message = "unknown field. Remove it, or check its spelling against the job reference in docs/jobs.md."
     elif error["type"] == "finite_number":
         message = "must be a finite number, not NaN or infinity."
-    elif error["type"] == "union_tag_not_found":
-        path.append("name")
-        message = "is required, such as sgd."
-    elif error["type"] == "union_tag_invalid":
-        path.append("name")
-        message = f"{context['tag']!r} is none of {context['expected_tags']}."
     elif error["type"] == "missing":
         message = "is required."
     elif error["type"] in ("union_tag_invalid", "union_tag_not_found"):

@@ -118,7 +118,8 @@ class Scheduler:
                     self._store.mark_stopping(lease, entry.job.id, entry.attempt.number, Reason.SERVICE_STOPPED)
         except LeaseLost:
             self._lease = None
-            return True
+            self.step(admitting=False)  # takes it again if it only ran out
+            return self._lease is None
         except Unavailable as error:
             logger.warning("Waiting for the database: %s", error)
             return False

@@ -14,6 +14,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+from service.client.client import Client
+from service.client.discovery import find_service
 from service.linux import die_with_parent
 
 HERE = Path(__file__).parent
@@ -73,8 +75,27 @@ def follow_job(serve: "subprocess.Popen[bytes]", data_dir: Path, job: Path, log_
             print(f"The service did not start:\n{log_path.read_text(errors='replace')}", file=sys.stderr)
             return 1
         time.sleep(0.1)
+    print("Try `pkill -9 syncbn-rank-2` in another terminal while it trains, and watch the curve go on.", flush=True)
     command = [sys.executable, "-m", "service.cli.main", "--data-dir", str(data_dir), "submit", "--watch"]
-    return subprocess.call([*command, "-f", str(job)])
+    status = subprocess.call([*command, "-f", str(job)])
+    if status == 0:
+        tell_how_to_load(data_dir)
+    return status
+
+
+def tell_how_to_load(data_dir: Path) -> None:
+    endpoint = find_service(data_dir=data_dir, url=None, token=None, environment={})
+    with Client(endpoint.url, endpoint.token) as client:
+        newest = client.list_jobs(limit=1).jobs[0]
+        checkpoint = client.checkpoints(newest.id)[-1]
+    weights = data_dir / "runs" / checkpoint.path / "model.safetensors"
+    print(f"""
+The weights of step {checkpoint.step} stay in {weights}
+They load into the same network with torch.nn.BatchNorm2d or torch.nn.SyncBatchNorm:
+
+    from safetensors.torch import load_file
+    model.load_state_dict(load_file({str(weights)!r}))
+""")
 
 
 if __name__ == "__main__":

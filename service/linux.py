@@ -5,6 +5,7 @@ import os
 import signal
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -25,6 +26,12 @@ def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> Non
 def become_subreaper() -> None:
     """Adopt orphaned descendants, so that they can be waited for."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def set_process_name(name: str) -> None:
+    """Name this process for ``ps``, ``top`` and ``pkill``; the kernel keeps 15 characters."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def group_is_alive(pgid: int) -> bool:

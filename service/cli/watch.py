@@ -140,10 +140,9 @@ def _bar(job: Job) -> Iterator[Display]:
     # No text is read as markup: names and messages are whatever a user wrote.
     bar = rich_progress.Progress(
         rich_progress.TextColumn("{task.fields[status]}", markup=False),
-        rich_progress.BarColumn(),
+        rich_progress.BarColumn(bar_width=14),  # with the rest, within 80 columns
         rich_progress.MofNCompleteColumn(),
         rich_progress.TextColumn("{task.fields[values]}", markup=False),
-        rich_progress.TimeElapsedColumn(),
         rich_progress.TextColumn("left", markup=False),
         rich_progress.TimeRemainingColumn(),
         console=Console(stderr=True, markup=False, highlight=False),
@@ -158,8 +157,8 @@ def _bar(job: Job) -> Iterator[Display]:
             for line in lines:
                 bar.console.print(line, soft_wrap=True)
             shown = [
-                f"{label} {_number(progress.values[name])}"
-                for label, name in (("loss", "train/loss"), ("accuracy", "train/accuracy"), ("test", "eval/accuracy"))
+                f"{label} {_number(progress.values[name], digits=3)}"
+                for label, name in (("loss", "train/loss"), ("acc", "train/accuracy"), ("test", "eval/accuracy"))
                 if name in progress.values
             ]
             bar.update(task, completed=progress.step, status=progress.status, values="  ".join(shown))
@@ -168,8 +167,8 @@ def _bar(job: Job) -> Iterator[Display]:
         yield Bar()
 
 
-def _number(value: float | None, nonfinite: str | None = None) -> str:
-    return (nonfinite or "not finite") if value is None else f"{value:.4g}"
+def _number(value: float | None, nonfinite: str | None = None, digits: int = 4) -> str:
+    return (nonfinite or "not finite") if value is None else f"{value:.{digits}g}"
 
 
 def _pump(stream: Iterator[StreamItem]) -> "queue.Queue[StreamItem | Exception | None]":

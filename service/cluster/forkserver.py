@@ -31,7 +31,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from service.linux import become_subreaper, die_with_parent, group_is_alive
+from service.linux import become_subreaper, die_with_parent, group_is_alive, set_process_name
 
 CHANNEL_FD = 3
 RENDEZVOUS_FD = 4
@@ -46,7 +46,7 @@ class ForkRequest(BaseModel):
     Attributes:
         job_id: whose process it is.
         attempt: its fencing token.
-        rank: for messages.
+        rank: in the process's name.
         devices: names of what it must hold alone, such as ``gpu:0``.
         environment: added to the forkserver's own.
         log_path: local file that takes its output, appended to.
@@ -218,6 +218,7 @@ class Forkserver:
         os.setsid()
         die_with_parent(forkserver_pid)
         request = holder.request
+        set_process_name(f"syncbn-rank-{request.rank}")
         log = os.open(request.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         task_json = _read_all(holder.descriptors[0])
         # Above every descriptor in use first, so that no dup2 overwrites one that is still needed.

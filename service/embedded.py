@@ -28,6 +28,7 @@ from service.linux import become_subreaper, die_with_parent
 from service.settings import Settings
 from service.wiring import migrate_database
 
+SERVICE_FILE = "service.json"
 TICK_S = 0.1
 READY_TIMEOUT_S = 60.0
 HEAD_STOP_S = 5.0
@@ -113,6 +114,7 @@ class EmbeddedService:
         data_dir = settings.data_dir.absolute()
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = _lock(data_dir / "lock")
+        (data_dir / SERVICE_FILE).unlink(missing_ok=True)  # of a service that was killed
         (data_dir / "logs").mkdir(exist_ok=True)
         self._temp_dir = _session_dir(data_dir)
         try:
@@ -199,7 +201,7 @@ class EmbeddedService:
         except (httpx.HTTPError, ValueError):
             ready = False
         if ready:
-            _write_atomically(self._data_dir / "service.json", json.dumps({"url": self.url, "pid": os.getpid()}))
+            _write_atomically(self._data_dir / SERVICE_FILE, json.dumps({"url": self.url, "pid": os.getpid()}))
             sys.stdout.write(f"Serving on {self.url}\nData and token in {self._data_dir}. Ctrl-C stops.\n")
             sys.stdout.flush()
         elif (datetime.now(UTC) - started_at).total_seconds() > READY_TIMEOUT_S:
@@ -208,7 +210,7 @@ class EmbeddedService:
 
     def _stop(self) -> None:
         """Stop the scheduler, then the API, then Ray; whatever is left after its time is killed."""
-        (self._data_dir / "service.json").unlink(missing_ok=True)
+        (self._data_dir / SERVICE_FILE).unlink(missing_ok=True)
         settings = self._settings
         self._stop_child(self._scheduler, settings.stop_grace_s + 2 * settings.lease_ttl_s)
         self._stop_child(self._api, API_STOP_S)

@@ -1,6 +1,6 @@
 """One embedded service for the tests that do not break it; every test leaves the machine as it found it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,20 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServic
     yield running
     assert running.stop() == 0
     assert _left_on_the_machine() <= before
+
+
+@pytest.fixture
+def start_service(tmp_path: Path) -> Iterator[Callable[[], EmbeddedServiceProcess]]:
+    """Starts services on one data directory, one after another; none of them outlives the test."""
+    started: list[EmbeddedServiceProcess] = []
+
+    def start() -> EmbeddedServiceProcess:
+        started.append(EmbeddedServiceProcess(tmp_path / "data"))
+        return started[-1]
+
+    yield start
+    for running in reversed(started):
+        running.stop()
 
 
 @pytest.fixture

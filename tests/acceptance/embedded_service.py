@@ -55,7 +55,11 @@ class EmbeddedServiceProcess:
 
     def _is_ready(self) -> bool:
         assert self.process.poll() is None, f"serve ended with {self.process.returncode}:\n{self.all_logs()}"
-        return (self.data_dir / "service.json").exists()
+        try:
+            # One that was killed leaves its file behind.
+            return bool(json.loads((self.data_dir / "service.json").read_text())["pid"] == self.process.pid)
+        except FileNotFoundError:
+            return False
 
     def all_logs(self) -> str:
         paths = [self.output, *sorted((self.data_dir / "logs").glob("*.log"))]
@@ -134,8 +138,9 @@ class EmbeddedServiceProcess:
         if self.process.poll() is None:
             self.process.send_signal(signal_number)
         status = self.process.wait(STOP_TIMEOUT_S)
-        session = Path((self.data_dir / "ray-session").read_text())
-        assert not session.exists(), f"Ray's session is left in {session}"
+        if status == 0:
+            session = Path((self.data_dir / "ray-session").read_text())
+            assert not session.exists(), f"Ray's session is left in {session}"
         wait_until(lambda: not self.processes(), 10, lambda: f"left behind: {self.processes()}")
         return status
 

@@ -5,7 +5,7 @@ These tests start services of their own, since they break them.
 
 import os
 import signal
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
@@ -13,14 +13,16 @@ from tests.acceptance.embedded_service import EmbeddedServiceProcess, digits_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("clean_machine")]
 
+StartService = Callable[[], EmbeddedServiceProcess]
 
-def test_an_orderly_stop_requeues_what_runs_and_the_next_start_finishes_it(tmp_path: Path) -> None:
-    first = EmbeddedServiceProcess(tmp_path / "data")
+
+def test_an_orderly_stop_requeues_what_runs_and_the_next_start_finishes_it(start_service: StartService) -> None:
+    first = start_service()
     job_id = first.submit(digits_job(steps=150))
     first.wait_for_step(job_id, 15)
     assert first.stop(signal.SIGTERM) == 0
 
-    second = EmbeddedServiceProcess(tmp_path / "data")
+    second = start_service()
     assert second.token == first.token
     job = second.wait_for_end(job_id)
     attempts = second.get(f"/v1/jobs/{job_id}/attempts")["attempts"]
@@ -33,8 +35,8 @@ def test_an_orderly_stop_requeues_what_runs_and_the_next_start_finishes_it(tmp_p
     assert steps == list(range(1, 151))
 
 
-def test_kill_minus_9_of_serve_takes_everything_with_it_and_loses_nothing(tmp_path: Path) -> None:
-    first = EmbeddedServiceProcess(tmp_path / "data")
+def test_kill_minus_9_of_serve_takes_everything_with_it_and_loses_nothing(start_service: StartService) -> None:
+    first = start_service()
     job_id = first.submit(digits_job(steps=150))
     first.wait_for_step(job_id, 15)
     first.http.close()
@@ -42,7 +44,7 @@ def test_kill_minus_9_of_serve_takes_everything_with_it_and_loses_nothing(tmp_pa
     first.process.wait()
     wait_until(lambda: not marked_processes(first.marker), 10, lambda: str(marked_processes(first.marker)))
 
-    second = EmbeddedServiceProcess(tmp_path / "data")
+    second = start_service()
     job = second.wait_for_end(job_id)
     steps = second.series(job_id, "train/loss")["steps"]
     assert second.stop() == 0
@@ -50,8 +52,8 @@ def test_kill_minus_9_of_serve_takes_everything_with_it_and_loses_nothing(tmp_pa
     assert steps == list(range(1, 151))
 
 
-def test_two_services_run_side_by_side(tmp_path: Path, service: EmbeddedServiceProcess) -> None:
-    other = EmbeddedServiceProcess(tmp_path / "data")
+def test_two_services_run_side_by_side(start_service: StartService, service: EmbeddedServiceProcess) -> None:
+    other = start_service()
     jobs = [(running, running.submit(digits_job(steps=20))) for running in (service, other)]
     statuses = [running.wait_for_end(job_id)["status"] for running, job_id in jobs]
     foreign = other.http.get(f"/v1/jobs/{jobs[0][1]}").status_code

@@ -1,0 +1,86 @@
+"""The owner of a node's forkserver, without Ray. A failure means leaked secrets, or an agent that hangs or hides."""
+
+import os
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+from service.cluster import node_agent
+from service.cluster.node_agent import NodeAgent
+from tests.integration.cluster.forking import DEADLINE_S, ENTRY, ROOT, Owner
+
+
+@pytest.fixture
+def start_agent(tmp_path, monkeypatch):
+    """Starts agents whose processes carry out the tests' orders instead of training."""
+    context = SimpleNamespace(get_node_id=lambda: "node-1")
+    monkeypatch.setattr(node_agent.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(node_agent, "ENTRY", ENTRY)
+    monkeypatch.setattr(node_agent, "PRELOAD", ("json",))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    started = []
+    popen = subprocess.Popen
+
+    def remember(*args, **options):
+        started.append(popen(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr(node_agent.subprocess, "Popen", remember)
+    yield lambda: NodeAgent(str(tmp_path / "work"))
+    for process in started:
+        process.kill()
+        process.wait(DEADLINE_S)
+        process.stdout.close()
+
+
+def test_no_secret_of_the_service_or_of_ray_reaches_a_training_process(start_agent, tmp_path, monkeypatch):
+    for name in ("SYNCBN_TOKEN", "SYNCBN_DATABASE_URL", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("USERS_OWN", "kept")
+    socket_name, _ = start_agent().forkserver()
+    with Owner(SimpleNamespace(socket_name=socket_name), tmp_path) as owner:
+        environment = owner.fork().ask("describe")["environment"]
+    assert not [name for name in environment if name.startswith(("SYNCBN_", "RAY_"))]
+    assert "secret" not in environment.values()
+    assert environment["USERS_OWN"] == "kept"
+    assert environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_new_agent_clears_what_an_earlier_one_left(start_agent, tmp_path):
+    left = tmp_path / "work" / "node-1" / "job" / "staging"
+    left.mkdir(parents=True)
+    other_node = tmp_path / "work" / "node-2"
+    other_node.mkdir()
+    _, work_dir = start_agent().forkserver()
+    assert work_dir == str(tmp_path / "work" / "node-1")
+    assert os.listdir(work_dir) == ["forkserver.log"]
+    assert os.stat(work_dir).st_mode & 0o077 == 0
+    assert other_node.exists()
+
+
+def test_an_agent_without_its_forkserver_ends(start_agent, monkeypatch):
+    class Ended(Exception):
+        pass
+
+    def end():
+        raise Ended
+
+    agent = start_agent()
+    monkeypatch.setattr(node_agent.ray.actor, "exit_actor", end)
+    agent._forkserver.kill()
+    agent._forkserver.wait(DEADLINE_S)
+    with pytest.raises(Ended):
+        agent.forkserver()
+
+
+def test_a_forkserver_that_does_not_start_is_an_error_with_its_log(start_agent, monkeypatch):
+    monkeypatch.setattr(node_agent, "PRELOAD", ("no_such_module",))
+    with pytest.raises(RuntimeError, match="No module named 'no_such_module'"):
+        start_agent()
+
+
+def test_a_forkserver_that_says_something_else_is_an_error_and_not_waited_for(start_agent, monkeypatch):
+    monkeypatch.setattr(node_agent, "PRELOAD", ("this",))  # the Zen of Python, on standard output
+    with pytest.raises(RuntimeError, match="before it was ready"):
+        start_agent()

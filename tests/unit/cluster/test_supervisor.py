@@ -1,0 +1,187 @@
+"""A supervisor's own course, without Ray. A failure means an attempt that stays alive and says nothing forever."""
+
+import asyncio
+import errno
+import threading
+
+import pytest
+from ray.exceptions import RayError
+
+from service.cluster import supervisor as supervisor_module
+from service.cluster.supervisor import Supervisor
+from service.domain.errors import StorageError
+from service.domain.job import Outcome, Reason
+from service.domain.journal import Ended, Launched, Metrics, Running, Warned
+from service.domain.ports import Launch
+from service.domain.rank_protocol import Stepped
+from service.domain.spec import parse_spec
+from service.storage.journal_file import read_journal
+from service.storage.layout import launch_marker
+from service.storage.object_store import ObjectStore
+
+DONE = Ended(outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, message="All steps are done.", step=3)
+
+
+class ActorExit(BaseException):
+    """Stands in for what Ray raises to end an actor."""
+
+
+@pytest.fixture
+def supervisor(tmp_path, monkeypatch):
+    def end():
+        raise ActorExit
+
+    monkeypatch.setattr(supervisor_module.ray.actor, "exit_actor", end)
+    spec = parse_spec(
+        {
+            "name": "digits",
+            "model": {"factory": "builtin:mlp"},
+            "dataset": {"factory": "builtin:digits"},
+            "batch": {"size": 16},
+            "steps": 3,
+            "workers": 2,
+        }
+    )
+    launch = Launch(
+        job_id="job",
+        attempt=1,
+        spec=spec,
+        node_ids=("a", "a"),
+        storage_url=str(tmp_path),
+        checkpoints=(),
+        collective_timeout_s=1.0,
+        start_timeout_s=1.0,
+        stop_grace_s=1.0,
+    )
+    return Supervisor(launch)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ObjectStore(str(tmp_path))
+
+
+def _gang(result):
+    async def run_gang():
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    return run_gang
+
+
+def _reports(store):
+    return [record.report for record in read_journal(store, "job", 1, after=0)]
+
+
+def test_an_attempt_begins_with_its_launch_and_ends_with_its_end(supervisor, store, monkeypatch):
+    monkeypatch.setattr(supervisor, "_run_gang", _gang(DONE))
+    asyncio.run(supervisor.run())
+    first, last = _reports(store)
+    assert isinstance(first, Launched)
+    assert last == DONE
+    assert store.exists(launch_marker("job", 1))
+
+
+def test_an_attempt_runs_once_whoever_asks_again(supervisor, store, monkeypatch):
+    monkeypatch.setattr(supervisor, "_run_gang", _gang(DONE))
+
+    async def twice():
+        await asyncio.gather(supervisor.run(), supervisor.run())
+
+    asyncio.run(twice())
+    assert len(_reports(store)) == 2
+
+
+def test_a_second_supervisor_of_an_attempt_refuses(supervisor, store):
+    store.create_exclusively(launch_marker("job", 1), b"another")
+    with pytest.raises(ActorExit):
+        asyncio.run(supervisor.run())
+    assert _reports(store) == []
+
+
+def test_a_supervisor_that_cannot_take_the_marker_ends_rather_than_fall_silent(supervisor, store, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(supervisor._store, "create_exclusively", refuse)
+    with pytest.raises(ActorExit):
+        asyncio.run(supervisor.run())
+    assert not store.exists(launch_marker("job", 1))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TimeoutError(), Reason.LAUNCH_FAILED),
+        (RayError("no room"), Reason.LAUNCH_FAILED),
+        (StorageError("no storage"), Reason.LAUNCH_FAILED),
+        (OSError("no disk"), Reason.LAUNCH_FAILED),
+        (ValueError("what nobody thought of"), Reason.SUPERVISOR_LOST),
+    ],
+)
+def test_whatever_goes_wrong_there_is_a_last_record(supervisor, store, monkeypatch, error, reason):
+    monkeypatch.setattr(supervisor, "_run_gang", _gang(error))
+    asyncio.run(supervisor.run())
+    last = _reports(store)[-1]
+    assert (last.outcome, last.reason) == (Outcome.LOST, reason)
+    assert str(error) in last.message
+
+
+def test_the_last_record_is_there_even_if_nothing_can_be_given_back(supervisor, store, monkeypatch):
+    monkeypatch.setattr(supervisor, "_run_gang", _gang(DONE))
+    monkeypatch.setattr(supervisor, "_release", _gang(RayError("Ray is gone")))
+    with pytest.raises(RayError):
+        asyncio.run(supervisor.run())
+    assert _reports(store)[-1] == DONE
+
+
+def test_the_end_is_readable_even_if_it_cannot_be_made_durable(supervisor, monkeypatch):
+    monkeypatch.setattr(supervisor, "_run_gang", _gang(DONE))
+
+    def refuse(_records):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(supervisor._journal._writer, "append", refuse)
+
+    async def run_and_read():
+        with pytest.raises(OSError, match="full"):
+            await supervisor.run()
+        return await supervisor.read(1, 0)
+
+    (last,) = asyncio.run(run_and_read())
+    assert last.report == DONE
+
+
+def test_running_means_that_every_rank_has_stepped(supervisor):
+    supervisor._ranks = [object(), object()]
+
+    async def report():
+        await supervisor.report(0, [Stepped(num_steps=3), Warned(message="slow", rank=0)])
+        await supervisor.report(0, [Stepped(num_steps=3)])
+        before = await supervisor.read(0, 0)
+        await supervisor.report(1, [Metrics.of(1, {"a": 1.0}), Stepped(num_steps=3)])
+        return before, await supervisor.read(0, 0)
+
+    before, after = asyncio.run(report())
+    assert [type(record.report) for record in before] == [Warned]
+    assert [type(record.report) for record in after] == [Warned, Metrics, Running]
+    assert after[-1].report.num_steps == 3
+    assert supervisor._step == 1
+
+
+def test_only_the_first_reason_to_stop_counts(supervisor):
+    async def stop():
+        await supervisor.stop(Reason.TIMEOUT)
+        await supervisor.stop(Reason.CANCEL_REQUESTED)
+
+    asyncio.run(stop())
+    assert supervisor._stop_reason is Reason.TIMEOUT
+    assert supervisor._stop_asked.is_set()
+
+
+def test_no_thread_is_left(supervisor, monkeypatch):
+    monkeypatch.setattr(supervisor, "_run_gang", _gang(DONE))
+    before = set(threading.enumerate())
+    asyncio.run(supervisor.run())
+    assert set(threading.enumerate()) == before

@@ -1,0 +1,91 @@
+"""Status changes and retry decisions, alone. A failure means a job that ends wrongly or never."""
+
+from itertools import product
+
+import pytest
+
+from service.domain.errors import InvalidTransition, ServiceError
+from service.domain.job import TRANSITIONS, JobStatus, Outcome, Reason, check_transition
+from service.domain.retry import NextStep, after_attempt
+
+LIVE = (JobStatus.STARTING, JobStatus.RUNNING, JobStatus.STOPPING)
+
+
+def test_every_status_has_a_row_and_terminal_ones_have_no_way_out():
+    assert set(TRANSITIONS) == set(JobStatus)
+    for status in JobStatus:
+        assert status.is_terminal == (not TRANSITIONS[status])
+
+
+def test_every_status_is_reached_from_queued():
+    reached, frontier = set(), {JobStatus.QUEUED}
+    while frontier:
+        reached |= frontier
+        frontier = {after for status in frontier for after in TRANSITIONS[status]} - reached
+    assert reached == set(JobStatus)
+
+
+@pytest.mark.parametrize(("before", "after"), list(product(JobStatus, JobStatus)))
+def test_a_change_is_refused_unless_the_table_has_it(before, after):
+    if after in TRANSITIONS[before]:
+        check_transition(before, after)
+    else:
+        with pytest.raises(InvalidTransition, match=f"{before} cannot become {after}") as caught:
+            check_transition(before, after)
+        assert isinstance(caught.value, ServiceError)
+
+
+def _decide(outcome, reason, status=JobStatus.RUNNING, *, used=0, budget=3):
+    return after_attempt(outcome=outcome, reason=reason, status=status, retries_used=used, retry_budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason", "status", "expected"),
+    [
+        (Outcome.SUCCEEDED, Reason.COMPLETED, JobStatus.RUNNING, (JobStatus.SUCCEEDED, Reason.COMPLETED, False)),
+        (Outcome.SUCCEEDED, Reason.COMPLETED, JobStatus.STARTING, (JobStatus.SUCCEEDED, Reason.COMPLETED, False)),
+        # Asked to stop just as it finished: what is done is done.
+        (Outcome.SUCCEEDED, Reason.COMPLETED, JobStatus.STOPPING, (JobStatus.SUCCEEDED, Reason.COMPLETED, False)),
+        (Outcome.FAILED, Reason.USER_ERROR, JobStatus.RUNNING, (JobStatus.FAILED, Reason.USER_ERROR, False)),
+        (Outcome.FAILED, Reason.USER_ERROR, JobStatus.STARTING, (JobStatus.FAILED, Reason.USER_ERROR, False)),
+        (Outcome.FAILED, Reason.USER_ERROR, JobStatus.STOPPING, (JobStatus.CANCELLED, Reason.CANCELLED, False)),
+        (Outcome.STOPPED, Reason.TIMEOUT, JobStatus.STOPPING, (JobStatus.FAILED, Reason.TIMEOUT, False)),
+        (Outcome.STOPPED, Reason.CANCEL_REQUESTED, JobStatus.STOPPING, (JobStatus.CANCELLED, Reason.CANCELLED, False)),
+        # A cancel that came while the service was stopping.
+        (Outcome.STOPPED, Reason.SERVICE_STOPPED, JobStatus.STOPPING, (JobStatus.CANCELLED, Reason.CANCELLED, False)),
+        (Outcome.STOPPED, Reason.SERVICE_STOPPED, JobStatus.RUNNING, (JobStatus.QUEUED, Reason.SERVICE_STOPPED, False)),
+        (
+            Outcome.STOPPED,
+            Reason.SERVICE_STOPPED,
+            JobStatus.STARTING,
+            (JobStatus.QUEUED, Reason.SERVICE_STOPPED, False),
+        ),
+        (Outcome.LOST, Reason.RANK_LOST, JobStatus.RUNNING, (JobStatus.QUEUED, Reason.RANK_LOST, True)),
+        (Outcome.LOST, Reason.NODE_LOST, JobStatus.STARTING, (JobStatus.QUEUED, Reason.NODE_LOST, True)),
+        (Outcome.LOST, Reason.RANK_LOST, JobStatus.STOPPING, (JobStatus.CANCELLED, Reason.CANCELLED, False)),
+    ],
+)
+def test_what_follows_an_attempt(outcome, reason, status, expected):
+    following = _decide(outcome, reason, status)
+    assert (following.status, following.reason, following.costs_retry) == expected
+
+
+@pytest.mark.parametrize("budget", [0, 1, 3])
+def test_a_lost_attempt_is_retried_up_to_the_budget_and_not_once_more(budget):
+    for used in range(budget):
+        expected = NextStep(status=JobStatus.QUEUED, reason=Reason.RANK_LOST, costs_retry=True)
+        assert _decide(Outcome.LOST, Reason.RANK_LOST, used=used, budget=budget) == expected
+    exhausted = NextStep(status=JobStatus.FAILED, reason=Reason.RETRIES_EXHAUSTED)
+    assert _decide(Outcome.LOST, Reason.RANK_LOST, used=budget, budget=budget) == exhausted
+
+
+def test_a_stopped_service_queues_again_whatever_the_budget():
+    following = _decide(Outcome.STOPPED, Reason.SERVICE_STOPPED, used=5, budget=0)
+    assert following == NextStep(status=JobStatus.QUEUED, reason=Reason.SERVICE_STOPPED)
+
+
+def test_every_decision_is_a_change_that_the_table_has():
+    for outcome, reason, status, (used, budget) in product(Outcome, Reason, LIVE, [(0, 0), (0, 1), (1, 1)]):
+        following = _decide(outcome, reason, status, used=used, budget=budget)
+        check_transition(status, following.status)
+        assert following.costs_retry <= (following.status is JobStatus.QUEUED)

@@ -1,0 +1,93 @@
+import shutil
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from service.domain.job import JobStatus
+from service.domain.spec import parse_spec
+from service.scheduler import follower, loop
+from service.scheduler.launches import LaunchFactory
+from service.scheduler.loop import Scheduler
+from service.storage.object_store import ObjectStore
+from service.storage.run_files import StoredRunFiles
+from service.store import SqlStore, migrate
+from tests.fake_cluster import FakeCluster
+
+# Examples take milliseconds; what takes longer is a busy machine.
+settings.register_profile("busy-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy-machine")
+
+
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scheduler") / "migrated.sqlite"
+    migrate(f"sqlite:///{path}")
+    return path
+
+
+class House:
+    """A real database, real files and a cluster that a test moves; schedulers are stepped one iteration at a time."""
+
+    def __init__(self, directory, migrated_file):
+        shutil.copy(migrated_file, directory / "service.sqlite")
+        self.store = SqlStore(f"sqlite:///{directory / 'service.sqlite'}")
+        self.storage = ObjectStore(str(directory / "runs"))
+        self.files = StoredRunFiles(self.storage)
+        self.cluster = FakeCluster(self.storage)
+
+    def scheduler(self, holder="first", *, store=None, files=None, lease_ttl_s=60.0, launch_timeout_s=60.0):
+        store = store or self.store
+        return Scheduler(
+            holder=holder,
+            store=store,
+            cluster=self.cluster,
+            files=files or self.files,
+            make_launch=LaunchFactory(
+                store=store,
+                storage_url=self.storage.url,
+                collective_timeout_s=1.0,
+                start_timeout_s=2.0,
+                stop_grace_s=3.0,
+            ),
+            lease_ttl_s=lease_ttl_s,
+            launch_timeout_s=launch_timeout_s,
+        )
+
+    def submit(self, **changes):
+        """Return the id of a new job."""
+        data = {
+            "name": "digits",
+            "model": {"factory": "builtin:mlp"},
+            "dataset": {"factory": "builtin:digits"},
+            "batch": {"size": 16},
+            "steps": 100,
+        }
+        return self.store.submit(parse_spec({**data, **changes}))[0].id
+
+    def start(self, scheduler, **changes):
+        """Return the id of a job whose first attempt runs."""
+        job_id = self.submit(**changes)
+        scheduler.step()
+        self.cluster.run(job_id, 1)
+        scheduler.step()
+        assert self.store.get(job_id).status is JobStatus.RUNNING
+        return job_id
+
+    def status(self, job_id):
+        job = self.store.get(job_id)
+        return job.status, job.reason
+
+
+@pytest.fixture
+def house(tmp_path, migrated_file, monkeypatch):
+    # Every iteration looks at the nodes and repeats what may have been lost.
+    monkeypatch.setattr(loop, "NODES_INTERVAL_S", 0.0)
+    monkeypatch.setattr(follower, "STOP_REPEAT_S", 0.0)
+    house = House(tmp_path, migrated_file)
+    yield house
+    house.store.close()
+
+
+@pytest.fixture
+def scheduler(house):
+    return house.scheduler()

@@ -1,0 +1,276 @@
+"""Files below one root, on a directory and on an object store. A failure means torn, lost or misplaced bytes."""
+
+import errno
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from service.domain.errors import NotFound, ServiceError, StorageError
+from service.storage.object_store import ObjectStore
+
+
+def test_what_was_written_is_read(store):
+    store.write("a/b/c", b"first")
+    store.write("a/b/c", b"second and longer")
+    assert store.read("a/b/c") == b"second and longer"
+    assert store.size("a/b/c") == 17
+    assert store.exists("a/b/c")
+    assert store.exists("a/b")
+
+
+def test_an_empty_file_is_a_file(store):
+    store.write("empty", b"")
+    assert store.exists("empty")
+    assert (store.read("empty"), store.size("empty")) == (b"", 0)
+
+
+@pytest.mark.parametrize("start", range(7))
+@pytest.mark.parametrize("stop", [*range(7), 100, None])
+def test_a_range_is_what_slicing_gives(store, start, stop):
+    store.write("f", b"01234")
+    # A range that ends before it starts is empty, as with slices; none counts from the end.
+    assert store.read("f", start, stop) == b"01234"[start:stop]
+
+
+def test_what_is_not_there_is_not_found(store, tmp_path):
+    store.write("other", b"")
+    assert not store.exists("none")
+    assert store.names("none") == []
+    for act in (
+        lambda: store.read("none"),
+        lambda: store.size("none"),
+        lambda: store.download("none", tmp_path / "copy"),
+    ):
+        with pytest.raises(NotFound, match="none"):
+            act()
+
+
+def test_names_are_those_of_one_level_in_order(store):
+    for path in ("d/b", "d/a", "d/10", "d/9", "d/sub/x", "e"):
+        store.write(path, b"")
+    assert store.names("d") == ["10", "9", "a", "b", "sub"]
+    assert store.names("d/sub") == ["x"]
+
+
+def test_names_are_read_anew_each_time(store):
+    store.write("d/a", b"")
+    assert store.names("d") == ["a"]
+    ObjectStore(store.url).write("d/b", b"")  # another process
+    assert store.names("d") == ["a", "b"]
+    assert store.names("nothing/yet") == []
+
+
+def test_a_listing_that_the_file_system_remembers_is_forgotten_first(memory_store, monkeypatch):
+    calls = []
+    for name in ("invalidate_cache", "ls"):
+        method = getattr(memory_store._fs, name)
+        monkeypatch.setattr(
+            memory_store._fs,
+            name,
+            lambda *args, name=name, method=method, **options: (calls.append(name), method(*args, **options))[1],
+        )
+    memory_store.write("d/a", b"")
+    assert memory_store.names("d") == ["a"]
+    assert calls[-2:] == ["invalidate_cache", "ls"]
+
+
+def test_removing_takes_all_below_and_may_be_repeated(store):
+    for path in ("d/a", "d/sub/x", "e"):
+        store.write(path, b"")
+    store.remove("d/a")
+    assert store.names("d") == ["sub"]
+    store.remove("d")
+    assert not store.exists("d/sub/x")
+    assert store.exists("e")
+    store.remove("d")
+    store.remove("never/there")
+
+
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "a/..", "..", "/etc/passwd"])
+def test_nothing_outside_the_root_is_reached(store, path):
+    for act in (
+        store.read,
+        store.size,
+        store.exists,
+        store.names,
+        store.remove,
+        lambda path: store.write(path, b""),
+        lambda path: store.create_exclusively(path, b""),
+    ):
+        with pytest.raises(AssertionError):
+            act(path)
+
+
+def test_a_file_is_created_once(store):
+    assert store.create_exclusively("a/marker", b"first")
+    assert not store.create_exclusively("a/marker", b"second")
+    assert store.read("a/marker") == b"first"
+
+
+def test_of_racing_creators_one_wins(local_store):
+    # Only here: the stand-in for an object store looks first and creates afterwards, in two steps.
+    num_racers, num_rounds = 8, 20
+    barrier = threading.Barrier(num_racers)
+
+    def race(racer):
+        won = []
+        for round_number in range(num_rounds):
+            barrier.wait(timeout=30)
+            if local_store.create_exclusively(f"race/{round_number}/marker", str(racer).encode()):
+                won.append(round_number)
+        return won
+
+    with ThreadPoolExecutor(num_racers) as pool:
+        won_by = list(pool.map(race, range(num_racers)))
+    assert sorted(number for won in won_by for number in won) == list(range(num_rounds))
+    for racer, won in enumerate(won_by):
+        for number in won:
+            assert local_store.read(f"race/{number}/marker") == str(racer).encode()
+
+
+def test_a_reader_sees_one_whole_version_while_another_is_written(local_store):
+    versions = [bytes([letter]) * 300_000 for letter in b"abc"]
+    local_store.write("f", versions[0])
+    stop = threading.Event()
+
+    def write():
+        while not stop.is_set():
+            for version in versions:
+                local_store.write("f", version)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(100):
+            assert local_store.read("f") in versions
+    finally:
+        stop.set()
+        writer.join(timeout=30)
+    assert local_store.names("") == ["f"]
+
+
+class _Disk:
+    """Stands in for ``os.write``: a disk that fills up after so many bytes."""
+
+    def __init__(self, room_bytes, write=os.write):
+        self.room_bytes = room_bytes
+        self._write = write
+
+    def __call__(self, descriptor, data):
+        if self.room_bytes == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self._write(descriptor, data[: self.room_bytes])
+        self.room_bytes -= written
+        return written
+
+
+@pytest.mark.parametrize("room_bytes", [0, 1, 4, 5])
+def test_an_append_to_a_full_disk_leaves_no_torn_bytes(local_store, monkeypatch, room_bytes):
+    local_store.append("log", b"before\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("service.storage.object_store.os.write", _Disk(room_bytes))
+        with pytest.raises(OSError, match="No space left"):
+            local_store.append("log", b"second\n")
+    assert local_store.read("log") == b"before\n"
+    local_store.append("log", b"second\n")
+    assert local_store.read("log") == b"before\nsecond\n"
+
+
+def test_a_first_append_to_a_full_disk_leaves_nothing_to_misread(local_store, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("service.storage.object_store.os.write", _Disk(3))
+        with pytest.raises(OSError, match="No space left"):
+            local_store.append("new/log", b"second\n")
+    local_store.append("new/log", b"second\n")
+    assert local_store.read("new/log") == b"second\n"
+
+
+def test_an_append_that_could_not_be_synced_is_undone(local_store, monkeypatch):
+    def fail(_descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    local_store.append("log", b"before\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("service.storage.object_store.os.fsync", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            local_store.append("log", b"second\n")
+    assert local_store.read("log") == b"before\n"
+
+
+def test_an_append_survives_short_writes(local_store, monkeypatch):
+    real = os.write
+    monkeypatch.setattr("service.storage.object_store.os.write", lambda fd, data: real(fd, data[:3]))
+    local_store.append("log", b"0123456789")
+    assert local_store.read("log") == b"0123456789"
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(local_store, monkeypatch):
+    def fail(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    local_store.write("f", b"before")
+    source = Path(local_store.url) / "source"
+    source.write_bytes(b"uploaded")
+    with monkeypatch.context() as patch:
+        patch.setattr("service.storage.object_store.os.fsync", fail)
+        for act in (lambda: local_store.write("f", b"after"), lambda: local_store.upload(source, "f")):
+            with pytest.raises(OSError, match="No space left"):
+                act()
+            assert local_store.read("f") == b"before"
+    local_store.write("f", b"after")
+    assert local_store.read("f") == b"after"
+
+
+def test_durable_means_synced_file_before_directory(local_store, monkeypatch):
+    synced = []
+    real = os.fsync
+
+    def record(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real(descriptor)
+
+    monkeypatch.setattr("service.storage.object_store.os.fsync", record)
+    local_store.write("d/f", b"x")
+    assert synced == [".f.partial", "d"]
+    synced.clear()
+    local_store.append("d/log", b"x")
+    local_store.append("d/log", b"y")
+    assert synced == ["log", "d", "log"]
+    synced.clear()
+    local_store.create_exclusively("d/marker", b"")
+    assert synced == ["marker", "d"]
+
+
+def test_files_go_up_and_come_down_whole(store, tmp_path):
+    content = os.urandom((1 << 20) + 17)  # more than is copied at once
+    (tmp_path / "source").write_bytes(content)
+    store.upload(tmp_path / "source", "a/b")
+    store.download("a/b", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == content
+    assert store.names("a") == ["b"]
+
+
+def test_a_directory_is_local_however_it_is_written(tmp_path):
+    for url in (str(tmp_path), f"{tmp_path}/", f"file://{tmp_path}"):
+        store = ObjectStore(url)
+        assert store.is_local
+        assert store.local_path("a/b") == tmp_path / "a" / "b"
+    assert not ObjectStore("memory://x").is_local
+
+
+def test_probing_makes_the_root(tmp_path):
+    store = ObjectStore(str(tmp_path / "not" / "yet"))
+    store.probe()
+    store.probe()
+    assert (tmp_path / "not" / "yet").is_dir()
+
+
+def test_probing_says_why_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="cannot be written") as caught:
+        ObjectStore(str(tmp_path / "file")).probe()
+    assert isinstance(caught.value, ServiceError)
+    assert str(tmp_path / "file") in str(caught.value)

@@ -30,7 +30,7 @@ check: $(STAMP)  ## Format, lint, types, import contracts (seconds)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-timings 2>/dev/null || $(BIN)/lint-imports
+	$(BIN)/lint-imports
 
 format: $(STAMP)  ## Format the code and apply the safe lint fixes
 	$(BIN)/ruff format .

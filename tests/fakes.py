@@ -496,6 +496,7 @@ def _move_on(row: _Row, outcome: Outcome, reason: Reason, failure: Failure | Non
         outcome=outcome,
         reason=reason,
         status=JobStatus.STOPPING if job.cancel_requested else job.status,
+        stop_reason=row.attempts[-1].stop_reason,
         retries_used=job.retries_used,
         retry_budget=job.spec.retry.budget,
     )
@@ -543,6 +544,9 @@ class FakeRunFiles:
 
     def read_log(self, job_id: str, attempt: int, rank: int, start: int, stop: int) -> bytes:
         return self.logs.get((job_id, attempt, rank), b"")[start:stop]
+
+    def prevent_launch(self, job_id: str, attempt: int) -> bool:
+        return not self.was_launched(job_id, attempt)
 
     def was_launched(self, job_id: str, attempt: int) -> bool:
         return (job_id, attempt) in self.launched

@@ -67,8 +67,9 @@ class Journal:
         while True:
             try:
                 await asyncio.shield(self._flush())
-            except OSError as error:
-                # Storage may come back; until then the records wait in memory, where the collector reads them.
+            except Exception as error:
+                # Each storage has errors of its own, and it may come back; until then the records wait in memory,
+                # where the collector reads them.
                 logger.warning("The journal could not be written, will try again: %s", error)
             await asyncio.sleep(FLUSH_INTERVAL_S)
 

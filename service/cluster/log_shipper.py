@@ -1,11 +1,14 @@
 """Carries what a process appends to a local file into run storage."""
 
+import logging
 from pathlib import Path
 
 from service.storage.object_store import ObjectStore
 from service.storage.segments import SegmentWriter
 
 _PIECE_BYTES = 1 << 20
+
+logger = logging.getLogger(__name__)
 
 
 class LogShipper:
@@ -23,11 +26,16 @@ class LogShipper:
         self._shipped = 0
 
     def ship(self) -> None:
-        """Ship what was added since the last call."""
+        """Ship what was added since the last call. What storage refuses is tried again at the next one."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
             file.seek(self._shipped)
             while piece := file.read(_PIECE_BYTES):
-                self._segments.append(piece)
+                try:
+                    self._segments.append(piece)
+                except Exception as error:
+                    # Each storage has errors of its own; a log that cannot be shipped is no reason to end a rank.
+                    logger.warning("A log could not be shipped, will try again: %s", error)
+                    return
                 self._shipped += len(piece)

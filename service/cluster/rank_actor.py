@@ -3,6 +3,7 @@
 import selectors
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from service.cluster.log_shipper import LogShipper
 from service.cluster.names import node_agent_name
 from service.domain.errors import ServiceError
 from service.domain.job import Checkpoint
-from service.domain.journal import CheckpointWritten, Metrics, Warned
+from service.domain.journal import CheckpointWritten, Warned
 from service.domain.ports import Launch
 from service.domain.rank_protocol import Errored, Finished, FromRank, RankTask, Staged, StopRequest, parse_from_rank
 from service.storage.checkpoints import fetch_checkpoint, publish_checkpoint
@@ -29,6 +30,8 @@ from service.storage.object_store import ObjectStore
 SHIP_INTERVAL_S = 0.3
 # A dead peer's memory may take the kernel a while to tear down.
 FORK_TIMEOUT_S = 30.0
+# How long the last reports may take to arrive.
+REPORT_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +164,8 @@ class RankActor:
         assert self._process is not None
         assert self._channel is not None
         assert self._shipper is not None
-        conversation = _Conversation(self._launch, self._rank, self._supervisor, self._store)
+        reports = _Reports(self._supervisor, self._rank)
+        conversation = _Conversation(self._launch, self._rank, reports, self._store)
         with selectors.DefaultSelector() as selector:
             selector.register(self._channel, selectors.EVENT_READ)
             selector.register(self._process, selectors.EVENT_READ)
@@ -202,13 +206,37 @@ class RankActor:
                 return  # gone already
 
 
+class _Reports:
+    """The way to the supervisor; keeps the order of what is sent."""
+
+    def __init__(self, supervisor: Any, rank: int) -> None:  # noqa: ANN401 - Ray's handles are untyped
+        self._supervisor = supervisor
+        self._rank = rank
+        self._under_way: list[Any] = []
+        self._sending = threading.Lock()
+
+    def send(self, reports: Sequence[FromRank | CheckpointWritten]) -> None:
+        """Send reports, without waiting for them to arrive."""
+        if not reports:
+            return
+        with self._sending:  # checkpoints are reported from the thread that uploads them
+            if self._under_way:
+                self._under_way = ray.wait(self._under_way, num_returns=len(self._under_way), timeout=0)[1]
+            self._under_way.append(self._supervisor.report.remote(self._rank, list(reports)))
+
+    def arrive(self) -> None:
+        """Wait until everything has arrived."""
+        if self._under_way:
+            ray.wait(self._under_way, num_returns=len(self._under_way), timeout=REPORT_TIMEOUT_S)
+
+
 class _Conversation:
     """What the process says, passed on in order; checkpoints are uploaded beside it, in their order."""
 
-    def __init__(self, launch: Launch, rank: int, supervisor: Any, store: ObjectStore) -> None:  # noqa: ANN401
+    def __init__(self, launch: Launch, rank: int, reports: "_Reports", store: ObjectStore) -> None:
         self._launch = launch
         self._rank = rank
-        self._supervisor = supervisor
+        self._reports = reports
         self._store = store
         self._pending = b""
         self._uploader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
@@ -233,6 +261,8 @@ class _Conversation:
         self._uploader.shutdown(wait=True)
         # A checkpoint that could not be stored is a warning while later ones may follow; the last one is the result.
         last_upload = self._uploads[-1].result() if self._uploads else None
+        # The end of a rank may overtake its reports on the way to the supervisor, which would close its journal.
+        self._reports.arrive()
         finished = self._finished
         return RankEnd(
             exit_status=exit_status,
@@ -249,16 +279,12 @@ class _Conversation:
             elif isinstance(message, Finished):
                 self._finished = message
             elif isinstance(message, Staged):
-                self._report(reports)
+                self._reports.send(reports)
                 reports = []
                 self._uploads.append(self._uploader.submit(self._upload, message))
             else:
                 reports.append(message)
-        self._report(reports)
-
-    def _report(self, reports: Sequence[Metrics | Warned | CheckpointWritten | FromRank]) -> None:
-        if reports:
-            self._supervisor.report.remote(self._rank, list(reports))
+        self._reports.send(reports)
 
     def _upload(self, staged: Staged) -> Errored | None:
         directory = Path(staged.directory)
@@ -266,11 +292,11 @@ class _Conversation:
             written = publish_checkpoint(self._store, self._launch.job_id, self._launch.attempt, staged.step, directory)
         except (OSError, ServiceError) as error:
             message = f"The checkpoint of step {staged.step} could not be stored: {error}"
-            self._report([Warned(message=message, rank=self._rank)])
+            self._reports.send([Warned(message=message, rank=self._rank)])
             return Errored(cause="checkpoint", error_type=type(error).__name__, message=message, traceback="")
         finally:
             shutil.rmtree(directory, ignore_errors=True)
-        self._report([written])
+        self._reports.send([written])
         return None
 
 

@@ -124,6 +124,9 @@ class RayCluster:
             return JournalPage(state=SupervisorState.UNREACHABLE, records=())
         except RayActorError:
             return JournalPage(state=SupervisorState.GONE, records=())
+        except RayError:
+            logger.exception("The supervisor of %s attempt %d could not answer", job_id, attempt)
+            return JournalPage(state=SupervisorState.UNREACHABLE, records=())
         return JournalPage(state=SupervisorState.ALIVE, records=tuple(records))
 
     def stop(self, job_id: str, attempt: int, reason: Reason) -> None:

@@ -57,6 +57,7 @@ class Supervisor:
         self._journal = Journal(JournalWriter(self._store, launch.job_id, launch.attempt))
         self._group: PlacementGroup | None = None
         self._ranks: list[Any] = []
+        self._run: asyncio.Task[None] | None = None
         self._is_started = False
         self._is_running = False
         self._stepped: set[int] = set()
@@ -99,7 +100,12 @@ class Supervisor:
             return False
 
     async def read(self, after: int, wait_s: float) -> Sequence[JournalRecord]:
-        """Return journal records after a sequence number; waits for some, up to ``wait_s`` seconds."""
+        """Return journal records after a sequence number; waits for some, up to ``wait_s`` seconds.
+
+        Starts the attempt too, if whoever made this actor died before it could ask for that.
+        """
+        if not self._is_started:
+            self._run = asyncio.create_task(self.run())
         return await self._journal.read(after, wait_s)
 
     async def stop(self, reason: Reason) -> None:

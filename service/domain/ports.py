@@ -316,6 +316,10 @@ class RunFiles(Protocol):
         """Return whether a supervisor has taken the attempt's launch marker."""
         ...
 
+    def prevent_launch(self, job_id: str, attempt: int) -> bool:
+        """Take the launch marker, so that no supervisor ever will; False if one already has."""
+        ...
+
     def journal(self, job_id: str, attempt: int, *, after: int) -> Iterator[JournalRecord]:
         """Yield the durable journal records after a sequence number, in order, up to the first that is torn."""
         ...

@@ -21,7 +21,13 @@ class NextStep:
 
 
 def after_attempt(
-    *, outcome: Outcome, reason: Reason, status: JobStatus, retries_used: int, retry_budget: int
+    *,
+    outcome: Outcome,
+    reason: Reason,
+    status: JobStatus,
+    stop_reason: Reason | None,
+    retries_used: int,
+    retry_budget: int,
 ) -> NextStep:
     """Decide what follows an attempt.
 
@@ -29,13 +35,14 @@ def after_attempt(
         outcome: how it ended.
         reason: why.
         status: the job's present status: starting, running or stopping.
+        stop_reason: why the attempt was asked to stop, if it was.
         retries_used: retries spent so far.
         retry_budget: retries that the job may spend.
     """
     if outcome is Outcome.SUCCEEDED:
         return NextStep(status=JobStatus.SUCCEEDED, reason=reason)
-    if outcome is Outcome.STOPPED and reason is Reason.TIMEOUT:
-        return NextStep(status=JobStatus.FAILED, reason=reason)
+    if stop_reason is Reason.TIMEOUT:
+        return NextStep(status=JobStatus.FAILED, reason=stop_reason)
     if status is JobStatus.STOPPING:
         # Asked to stop: whatever ended it, it is not run again.
         return NextStep(status=JobStatus.CANCELLED, reason=Reason.CANCELLED)

@@ -82,7 +82,7 @@ class AttemptFollower:
         elif _age_s(live.attempt.created_at) < self._launch_timeout_s:
             # The row was committed and its supervisor never started; starting it is safe, its marker is exclusive.
             self._cluster.launch(self._make_launch(live.job, live.attempt))
-        else:
+        elif self._files.prevent_launch(job_id, number):
             failure = Failure(error_type="LaunchFailed", message="The supervisor of the attempt did not start.")
             self._seal_lost(lease, live, Reason.LAUNCH_FAILED, failure)
 

@@ -40,6 +40,10 @@ class StoredRunFiles:
         """Return whether a supervisor has taken the attempt's launch marker."""
         return self._store.exists(launch_marker(job_id, attempt))
 
+    def prevent_launch(self, job_id: str, attempt: int) -> bool:
+        """Take the launch marker, so that no supervisor ever will; False if one already has."""
+        return self._store.create_exclusively(launch_marker(job_id, attempt), b"prevented")
+
     def journal(self, job_id: str, attempt: int, *, after: int) -> Iterator[JournalRecord]:
         """Yield the durable journal records after a sequence number, in order, up to the first that is torn."""
         return read_journal(self._store, job_id, attempt, after=after)

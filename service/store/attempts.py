@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection, Row
 from service.domain.errors import StaleWrite
 from service.domain.job import Attempt, AttemptStatus, Failure, JobStatus, Outcome, Reason
 from service.domain.ports import LiveAttempt
-from service.domain.retry import after_attempt
+from service.domain.retry import NextStep, after_attempt
 from service.store.jobs import LockedJob, failure_of, failure_row, job_of
 from service.store.tables import attempts, jobs
 
@@ -142,21 +142,29 @@ def seal_attempt(
         # been an outage, which is not charged to the job's time.
         ran_s = ((row.ended_at or row.reported_at) - row.running_at).total_seconds()
         locked.change(running_s=locked.job.running_s + max(0.0, ran_s))
-    _move_on(locked, outcome=outcome, reason=reason, failure=failure, said=row.message, time=time)
-
-
-def _move_on(
-    locked: LockedJob, *, outcome: Outcome, reason: Reason, failure: Failure | None, said: str | None, time: datetime
-) -> None:
-    job = locked.job
+    stop_reason = None if row.stop_reason is None else Reason(row.stop_reason)
     following = after_attempt(
         outcome=outcome,
         reason=reason,
         # Asked to cancel but not yet told to stop: the wish counts, whatever ended the attempt.
-        status=JobStatus.STOPPING if job.cancel_requested else job.status,
-        retries_used=job.retries_used,
-        retry_budget=job.spec.retry.budget,
+        status=JobStatus.STOPPING if locked.job.cancel_requested else locked.job.status,
+        stop_reason=stop_reason,
+        retries_used=locked.job.retries_used,
+        retry_budget=locked.job.spec.retry.budget,
     )
+    _move_on(locked, following, reason=reason, failure=failure, said=row.message, time=time)
+
+
+def _move_on(
+    locked: LockedJob,
+    following: NextStep,
+    *,
+    reason: Reason,
+    failure: Failure | None,
+    said: str | None,
+    time: datetime,
+) -> None:
+    job = locked.job
     if following.costs_retry:
         locked.change(retries_used=job.retries_used + 1)
     if following.status is JobStatus.FAILED:

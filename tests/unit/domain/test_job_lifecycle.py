@@ -35,8 +35,23 @@ def test_a_change_is_refused_unless_the_table_has_it(before, after):
         assert isinstance(caught.value, ServiceError)
 
 
-def _decide(outcome, reason, status=JobStatus.RUNNING, *, used=0, budget=3):
-    return after_attempt(outcome=outcome, reason=reason, status=status, retries_used=used, retry_budget=budget)
+def _decide(outcome, reason, status=JobStatus.RUNNING, *, stop_reason=None, used=0, budget=3):
+    return after_attempt(
+        outcome=outcome,
+        reason=reason,
+        status=status,
+        stop_reason=stop_reason,
+        retries_used=used,
+        retry_budget=budget,
+    )
+
+
+@pytest.mark.parametrize("outcome", [Outcome.STOPPED, Outcome.LOST, Outcome.FAILED])
+def test_a_job_whose_time_is_up_fails_however_its_attempt_ended(outcome):
+    following = _decide(outcome, Reason.USER_ERROR, JobStatus.STOPPING, stop_reason=Reason.TIMEOUT)
+    assert (following.status, following.reason) == (JobStatus.FAILED, Reason.TIMEOUT)
+    done = _decide(Outcome.SUCCEEDED, Reason.COMPLETED, JobStatus.STOPPING, stop_reason=Reason.TIMEOUT)
+    assert done.status is JobStatus.SUCCEEDED
 
 
 @pytest.mark.parametrize(
@@ -49,7 +64,6 @@ def _decide(outcome, reason, status=JobStatus.RUNNING, *, used=0, budget=3):
         (Outcome.FAILED, Reason.USER_ERROR, JobStatus.RUNNING, (JobStatus.FAILED, Reason.USER_ERROR, False)),
         (Outcome.FAILED, Reason.USER_ERROR, JobStatus.STARTING, (JobStatus.FAILED, Reason.USER_ERROR, False)),
         (Outcome.FAILED, Reason.USER_ERROR, JobStatus.STOPPING, (JobStatus.CANCELLED, Reason.CANCELLED, False)),
-        (Outcome.STOPPED, Reason.TIMEOUT, JobStatus.STOPPING, (JobStatus.FAILED, Reason.TIMEOUT, False)),
         (Outcome.STOPPED, Reason.CANCEL_REQUESTED, JobStatus.STOPPING, (JobStatus.CANCELLED, Reason.CANCELLED, False)),
         # A cancel that came while the service was stopping.
         (Outcome.STOPPED, Reason.SERVICE_STOPPED, JobStatus.STOPPING, (JobStatus.CANCELLED, Reason.CANCELLED, False)),

@@ -118,15 +118,18 @@ class EmbeddedService:
         (data_dir / "logs").mkdir(exist_ok=True)
         self._temp_dir = _session_dir(data_dir)
         try:
-            self._listener = socket.create_server((host, port), backlog=1024)
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._listener = socket.create_server((host, port), family=family, backlog=1024)
         except OSError as error:
             raise Unavailable(f"Cannot listen on {host}:{port}: {error}. Choose another --port.") from error
-        self.url = f"http://{host}:{self._listener.getsockname()[1]}"
+        name = f"[{host}]" if ":" in host else host
+        self.url = f"http://{name}:{self._listener.getsockname()[1]}"
         self._data_dir = data_dir
         token = settings.token or _read_or_make_token(data_dir / "token")
         ray_token_path = data_dir / "ray-token"
         _write_secret(ray_token_path, secrets.token_hex(32))
         memory_bytes = psutil.virtual_memory().total
+        num_gpus = _count_gpus() if num_gpus is None else num_gpus
         shutil.rmtree(data_dir / "node", ignore_errors=True)
         self._settings = settings.model_copy(update={"data_dir": data_dir, "token": token})
         self._environment = ray_environment(ray_token_path) | {
@@ -135,10 +138,9 @@ class EmbeddedService:
             "SYNCBN_STORAGE_URL": self._settings.storage,
             "SYNCBN_NODE_IP": "127.0.0.1",
             "SYNCBN_MAX_CPUS": str(num_cpus),
+            "SYNCBN_MAX_GPUS": str(num_gpus),
             "SYNCBN_MAX_MEMORY_BYTES": str(memory_bytes),
         }
-        if num_gpus is not None:
-            self._environment["SYNCBN_MAX_GPUS"] = str(num_gpus)
         self._head_command = head_command(
             temp_dir=self._temp_dir, num_cpus=num_cpus, num_gpus=num_gpus, memory_bytes=memory_bytes
         )
@@ -216,13 +218,16 @@ class EmbeddedService:
         self._stop_child(self._api, API_STOP_S)
         self._stop_child(self._head, HEAD_STOP_S)
         deadline = time.monotonic() + HEAD_STOP_S
+        last_deadline = deadline + HEAD_STOP_S
         # What Ray's processes leave behind becomes ours, since this process is their reaper.
-        while rest := psutil.Process().children(recursive=True):
+        while (rest := psutil.Process().children(recursive=True)) and time.monotonic() < last_deadline:
             for process in rest:
                 if time.monotonic() > deadline:
                     _kill(process)
             self._reap()
             time.sleep(TICK_S / 2)
+        if rest:
+            logger.error("Left behind, since even SIGKILL does not end them: %s", rest)
         shutil.rmtree(self._temp_dir, ignore_errors=True)
         self._listener.close()
         self._lock.close()
@@ -291,6 +296,14 @@ def _session_dir(data_dir: Path) -> Path:
     directory = mkdtemp(prefix="syncbn-")
     _write_atomically(record, directory)
     return Path(directory)
+
+
+def _count_gpus() -> int:
+    """Count the NVIDIA GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip()])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def _read_or_make_token(path: Path) -> str:

@@ -22,6 +22,7 @@ class Settings(BaseSettings):
         token: guards every route but health; by default made at first start and kept in ``data_dir``.
         ray_address: ``host:port`` of the Ray head.
         node_ip: address of the scheduler's machine that the cluster's nodes use; by default Ray finds it.
+        pass_environment: comma-separated names of variables that training processes are given beside the usual ones.
         node_dir: node-local directory, on every node, for logs under way and staged checkpoints.
         max_cpus: CPUs that the cluster will ever have; jobs that need more are refused. None: unknown.
         max_gpus: likewise GPUs.
@@ -40,6 +41,7 @@ class Settings(BaseSettings):
     token: str | None = None
     ray_address: str | None = None
     node_ip: str | None = None
+    pass_environment: str = ""
     node_dir: Path | None = None
     max_cpus: Annotated[float | None, Field(ge=0)] = None
     max_gpus: Annotated[int | None, Field(ge=0)] = None

@@ -8,23 +8,31 @@ import os
 import signal
 import socket
 import sys
+import threading
+import uuid
 
 from service.domain.errors import InvalidSpec
 from service.domain.placement import Node, Resources
 from service.settings import Settings
 
+UNLIMITED = 1 << 62
+# A driver that cannot reach its head would try for minutes; whoever started this process starts it again.
+CONNECT_TIMEOUT_S = 60.0
+
 logger = logging.getLogger(__name__)
 
 
-def run_api(settings: Settings, listener: socket.socket) -> None:
+def run_api(settings: Settings, listener: socket.socket | None = None, *, host: str, port: int) -> None:
     """Serve the REST API until told to stop.
 
     Args:
         settings: of the service; ``token`` is required.
-        listener: bound and listening; connections made while the API restarts wait in its backlog.
+        listener: inherited, bound and listening; connections made while the API restarts wait in its backlog.
+        host: address to listen on, where there is no such socket.
+        port: port to listen on; likewise.
     """
     from service.api.app import create_app  # noqa: PLC0415 - each process loads only what it runs
-    from service.api.server import api_server  # noqa: PLC0415
+    from service.api.server import api_server, bind  # noqa: PLC0415
     from service.nudge import Nudge  # noqa: PLC0415
     from service.storage.object_store import ObjectStore  # noqa: PLC0415
     from service.storage.run_files import StoredRunFiles  # noqa: PLC0415
@@ -40,7 +48,7 @@ def run_api(settings: Settings, listener: socket.socket) -> None:
         nudge=Nudge(settings.database),
         capacity=_capacity(settings),
     )
-    api_server(app).run(sockets=[listener])
+    api_server(app).run(sockets=[listener or bind(host, port)])
 
 
 def run_scheduler(settings: Settings) -> None:
@@ -68,21 +76,25 @@ def run_scheduler(settings: Settings) -> None:
 
     store = SqlStore(settings.database)
     storage = ObjectStore(settings.storage)
-    storage.probe()
+    storage_id = storage.identify()
+    too_late = threading.Timer(CONNECT_TIMEOUT_S, _give_up_connecting, [settings.ray_address])
+    too_late.start()
     cluster = RayCluster(
         address=settings.ray_address, node_ip=settings.node_ip, work_dir=str(settings.node_dir_or_default)
     )
+    too_late.cancel()
     # After ray.init, which sets a handler of its own.
     signal.signal(signal.SIGTERM, ask_to_stop)
     signal.signal(signal.SIGINT, ask_to_stop)
     scheduler = Scheduler(
-        holder=f"{socket.gethostname()}/{os.getpid()}",
+        holder=f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}",  # containers share names and ids
         store=store,
         cluster=cluster,
         files=StoredRunFiles(storage),
         make_launch=LaunchFactory(
             store=store,
             storage_url=settings.storage,
+            storage_id=storage_id,
             collective_timeout_s=settings.collective_timeout_s,
             start_timeout_s=settings.start_timeout_s,
             stop_grace_s=settings.stop_grace_s,
@@ -103,13 +115,21 @@ def migrate_database(settings: Settings) -> None:
 
 
 def _capacity(settings: Settings) -> tuple[Node, ...] | None:
-    """The most the cluster will ever have, where the operator said so; it counts as one node."""
-    if settings.max_cpus is None:
+    """The most the cluster will ever have, as far as the operator said; it counts as one node."""
+    cpus, gpus, memory_bytes = settings.max_cpus, settings.max_gpus, settings.max_memory_bytes
+    if cpus is None and gpus is None and memory_bytes is None:
         return None
     total = Resources(
-        cpus=settings.max_cpus, gpus=settings.max_gpus or 0, memory_bytes=settings.max_memory_bytes or 1 << 62
+        cpus=UNLIMITED if cpus is None else cpus,
+        gpus=UNLIMITED if gpus is None else gpus,
+        memory_bytes=UNLIMITED if memory_bytes is None else memory_bytes,
     )
     return (Node(id="capacity", address="", total=total),)
+
+
+def _give_up_connecting(address: str) -> None:
+    logger.critical("Ray's head at %s does not answer after %g s", address, CONNECT_TIMEOUT_S)
+    os._exit(1)
 
 
 def _log_to_stderr() -> None:

@@ -46,6 +46,7 @@ class FakeCluster:
         alive: the nodes.
         is_unavailable: every call that may raises ``Unavailable``.
         loses_launches: a launch is accepted and comes to nothing.
+        keeps_silent: a launch makes a supervisor that does nothing until it is launched again.
         stops_at_once: whoever is asked to stop does so without taking another step.
         launches, closed: what was asked for, in order.
     """
@@ -54,6 +55,7 @@ class FakeCluster:
         self.alive = tuple(nodes)
         self.is_unavailable = False
         self.loses_launches = False
+        self.keeps_silent = False
         self.stops_at_once = False
         self.launches: list[Launch] = []
         self.closed: list[tuple[str, int]] = []
@@ -70,7 +72,11 @@ class FakeCluster:
         self._check()
         self.launches.append(launch)
         key = (launch.job_id, launch.attempt)
-        if self.loses_launches or key in self._supervisors:
+        if self.loses_launches or self._has_started(key):
+            return
+        if self.keeps_silent:
+            self.keeps_silent = False
+            self._supervisors[key] = FakeSupervisor(launch=launch, journal=JournalWriter(self._storage, *key))
             return
         if self._storage.create_exclusively(launch_marker(*key), b"fake"):
             self._supervisors[key] = FakeSupervisor(launch=launch, journal=JournalWriter(self._storage, *key))
@@ -99,7 +105,13 @@ class FakeCluster:
         self._check()
         return tuple(self._supervisors)
 
+    def _has_started(self, key: tuple[str, int]) -> bool:
+        return key in self._supervisors and bool(self._supervisors[key].records)
+
     # What a test makes happen.
+
+    def supervisor(self, job_id: str, attempt: int) -> FakeSupervisor:
+        return self._supervisors[job_id, attempt]
 
     def report(self, job_id: str, attempt: int, *reports: Report, durable: bool = True) -> None:
         """Have a supervisor take reports into its journal."""

@@ -187,7 +187,7 @@ class Forkserver:
             for holder in self._holders:
                 if holder.pid == pid:
                     holder.exit_status = os.waitstatus_to_exitcode(status)
-                    _kill_group(pid)  # its helpers end with it
+                    _kill_rest_of_group(pid)
 
     def _report_gone(self) -> None:
         for holder in [holder for holder in self._holders if holder.exit_status is not None]:
@@ -226,7 +226,7 @@ class Forkserver:
             os.dup(descriptor) for descriptor in (os.open(os.devnull, os.O_RDONLY), log, log, *holder.descriptors[1:])
         ]
         for target, descriptor in enumerate(kept):
-            os.dup2(descriptor, target)
+            os.dup2(descriptor, target, inheritable=target <= 2)  # its channel is no helper's to hold
         os.closerange(len(kept), os.sysconf("SC_OPEN_MAX"))
         os.environ.update(request.environment)
         # When memory runs out, the kernel ends a training process, not what watches over it.
@@ -255,6 +255,14 @@ def _answer(connection: socket.socket, message: dict[str, object]) -> None:
         connection.send(json.dumps(message).encode())
     except OSError:
         return  # it hung up; there is nobody to tell
+
+
+def _kill_rest_of_group(pid: int) -> None:
+    """Kill the helpers of a process that has been waited for; its own number may be another's by now."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
 
 
 def _kill_group(pid: int) -> None:

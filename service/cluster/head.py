@@ -8,14 +8,14 @@ OBJECT_STORE_BYTES = 100_000_000
 
 
 def head_command(
-    *, temp_dir: Path, num_cpus: int, num_gpus: int | None, memory_bytes: int, node_ip: str = "127.0.0.1"
+    *, temp_dir: Path, num_cpus: int, num_gpus: int, memory_bytes: int, node_ip: str = "127.0.0.1"
 ) -> list[str]:
     """Return the command that starts the head and stays in the foreground.
 
     Args:
         temp_dir: for its session; short, since Unix sockets lie below it.
         num_cpus: logical CPUs to declare.
-        num_gpus: GPUs to declare; None: those found.
+        num_gpus: GPUs to declare.
         memory_bytes: memory to declare.
         node_ip: address to bind to.
     """
@@ -24,9 +24,7 @@ def head_command(
     command += [f"--memory={memory_bytes}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
     # Ports of the system's choice, so that two services never meet.
     command += ["--min-worker-port=0", "--max-worker-port=0"]
-    command += ["--include-dashboard=false", "--disable-usage-stats"]
-    if num_gpus is not None:
-        command.append(f"--num-gpus={num_gpus}")
+    command += [f"--num-gpus={num_gpus}", "--include-dashboard=false", "--disable-usage-stats"]
     return command
 
 
@@ -41,9 +39,10 @@ def ray_environment(token_path: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         # Without it a head on 127.0.0.1 resolves its own host name and listens on every interface.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # Ray's memory monitor would end its own workers, the supervisors among them; training processes are
-        # marked for the kernel to end first.
+        # Ray's memory monitor would end its own workers, the supervisors among them, and it marks them for the
+        # kernel to end first. Here it is the training processes that are marked.
         "RAY_memory_monitor_refresh_ms": "0",
+        "RAY_worker_oom_score_adjustment": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }

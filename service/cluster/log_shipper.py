@@ -25,10 +25,10 @@ class LogShipper:
         self._segments = SegmentWriter(store, directory)
         self._shipped = 0
 
-    def ship(self) -> None:
-        """Ship what was added since the last call. What storage refuses is tried again at the next one."""
+    def ship(self) -> bool:
+        """Ship what was added since the last call; False if storage refused some, which the next one tries again."""
         if not self._path.exists():
-            return
+            return True
         with self._path.open("rb") as file:
             file.seek(self._shipped)
             while piece := file.read(_PIECE_BYTES):
@@ -37,5 +37,6 @@ class LogShipper:
                 except Exception as error:
                     # Each storage has errors of its own; a log that cannot be shipped is no reason to end a rank.
                     logger.warning("A log could not be shipped, will try again: %s", error)
-                    return
+                    return False
                 self._shipped += len(piece)
+        return True

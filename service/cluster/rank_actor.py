@@ -6,13 +6,14 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import RayActorError
 
 from service.cluster.fork_client import ForkedProcess
 from service.cluster.forkserver import RENDEZVOUS_FD, ForkRequest
@@ -30,8 +31,11 @@ from service.storage.object_store import ObjectStore
 SHIP_INTERVAL_S = 0.3
 # A dead peer's memory may take the kernel a while to tear down.
 FORK_TIMEOUT_S = 30.0
-# How long the last reports may take to arrive.
+# How long the last checkpoint, the last of the log and the last reports may take once the process is gone.
+UPLOAD_TIMEOUT_S = 600.0
+LAST_SHIP_TIMEOUT_S = 5.0
 REPORT_TIMEOUT_S = 10.0
+AGENT_RETRY_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +113,11 @@ class RankActor:
         Returns:
             Its process id.
         """
-        agent: Any = ray.get_actor(node_agent_name(ray.get_runtime_context().get_node_id()))
-        answer: Any = ray.get(agent.forkserver.remote(), timeout=self._launch.start_timeout_s)
-        socket_name, work_dir = answer
-        self._directory = Path(work_dir) / self._launch.job_id / str(self._launch.attempt) / f"rank-{self._rank}"
+        self._store.check_identity(self._launch.storage_id)
+        socket_name, work_dir = self._find_forkserver()
+        job_dir = Path(work_dir) / self._launch.job_id
+        _remove_earlier_attempts(job_dir, self._launch.attempt)
+        self._directory = job_dir / str(self._launch.attempt) / f"rank-{self._rank}"
         self._directory.mkdir(parents=True)
         resume_dir = None
         if resume_from is not None:
@@ -159,6 +164,21 @@ class RankActor:
             self._rendezvous.close()  # the process has its own copy
         return self._process.pid
 
+    def _find_forkserver(self) -> tuple[str, str]:
+        """Return the socket name of this node's forkserver and its work directory; waits for one being replaced."""
+        deadline = time.monotonic() + self._launch.start_timeout_s
+        while True:
+            try:
+                agent: Any = ray.get_actor(node_agent_name(ray.get_runtime_context().get_node_id()))
+                answer: Any = ray.get(agent.forkserver.remote(), timeout=max(0.0, deadline - time.monotonic()))
+            except (ValueError, RayActorError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(AGENT_RETRY_S)
+            else:
+                socket_name, work_dir = answer
+                return socket_name, work_dir
+
     def run(self) -> RankEnd:
         """Pass on what the process reports until it and its group are gone; returns once everything is shipped."""
         assert self._process is not None
@@ -166,6 +186,7 @@ class RankActor:
         assert self._shipper is not None
         reports = _Reports(self._supervisor, self._rank)
         conversation = _Conversation(self._launch, self._rank, reports, self._store)
+        shipping = _Shipping(self._shipper)
         with selectors.DefaultSelector() as selector:
             selector.register(self._channel, selectors.EVENT_READ)
             selector.register(self._process, selectors.EVENT_READ)
@@ -177,13 +198,15 @@ class RankActor:
                     selector.unregister(self._channel)
                 is_gone = self._process in ready
                 if time.monotonic() >= next_ship:
-                    self._shipper.ship()
+                    shipping.submit_if_idle()
                     next_ship = time.monotonic() + SHIP_INTERVAL_S
         exit_status = self._process.exit_status()
+        # What the process sent is here; only a helper of it that got away could still hold the other end.
+        self._channel.setblocking(False)
         while conversation.receive(self._channel):
             pass
         end = conversation.close(exit_status)
-        self._shipper.ship()
+        shipping.finish()
         self._channel.close()
         self._process.close()
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -206,6 +229,31 @@ class RankActor:
                 return  # gone already
 
 
+class _Shipping:
+    """Ships the log from a thread of its own: storage that stalls must not stall what the process reports."""
+
+    def __init__(self, shipper: LogShipper) -> None:
+        self._shipper = shipper
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ship")
+        self._last: Future[bool] | None = None
+
+    def submit_if_idle(self) -> None:
+        """Ship what is new, unless shipping is under way."""
+        if self._last is None or self._last.done():
+            self._last = self._thread.submit(self._shipper.ship)
+
+    def finish(self) -> None:
+        """Ship the rest, within a time; what storage refuses until then is lost."""
+        deadline = time.monotonic() + LAST_SHIP_TIMEOUT_S
+        while time.monotonic() < deadline:
+            self.submit_if_idle()
+            assert self._last is not None
+            done, _ = wait([self._last], timeout=SHIP_INTERVAL_S)
+            if done and self._last.result():
+                break
+        self._thread.shutdown(wait=False)
+
+
 class _Reports:
     """The way to the supervisor; keeps the order of what is sent."""
 
@@ -225,9 +273,12 @@ class _Reports:
             self._under_way.append(self._supervisor.report.remote(self._rank, list(reports)))
 
     def arrive(self) -> None:
-        """Wait until everything has arrived."""
-        if self._under_way:
-            ray.wait(self._under_way, num_returns=len(self._under_way), timeout=REPORT_TIMEOUT_S)
+        """Wait until everything has arrived.
+
+        Raises:
+            RayError: something did not. The rank's end must not pass for a clean one then.
+        """
+        ray.get(self._under_way, timeout=REPORT_TIMEOUT_S)
 
 
 class _Conversation:
@@ -258,9 +309,9 @@ class _Conversation:
 
     def close(self, exit_status: int) -> RankEnd:
         """Wait for the uploads and say how it ended."""
-        self._uploader.shutdown(wait=True)
         # A checkpoint that could not be stored is a warning while later ones may follow; the last one is the result.
-        last_upload = self._uploads[-1].result() if self._uploads else None
+        last_upload = self._uploads[-1].result(UPLOAD_TIMEOUT_S) if self._uploads else None
+        self._uploader.shutdown()
         # The end of a rank may overtake its reports on the way to the supervisor, which would close its journal.
         self._reports.arrive()
         finished = self._finished
@@ -298,6 +349,13 @@ class _Conversation:
             shutil.rmtree(directory, ignore_errors=True)
         self._reports.send([written])
         return None
+
+
+def _remove_earlier_attempts(job_dir: Path, attempt: int) -> None:
+    """Remove what attempts whose rank actors were killed left on this node."""
+    for path in job_dir.glob("*"):
+        if path.name.isdecimal() and int(path.name) < attempt:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _interface_of(address: str) -> str | None:

@@ -115,8 +115,10 @@ class RayCluster:
             read = self._reads[key] = _Read(after=after, reference=supervisor.read.remote(after, REST_S))
         done, _ = ray.wait([read.reference], timeout=LOOK_S)
         if not done:
-            is_late = read.age_s() > REST_S + PATIENCE_S
-            return JournalPage(state=SupervisorState.UNREACHABLE if is_late else SupervisorState.ALIVE, records=())
+            if read.age_s() <= REST_S + PATIENCE_S:
+                return JournalPage(state=SupervisorState.ALIVE, records=())
+            del self._reads[key]  # lost on the way, perhaps; the next look asks again
+            return JournalPage(state=SupervisorState.UNREACHABLE, records=())
         del self._reads[key]
         try:
             records: Sequence[JournalRecord] = ray.get(read.reference)
@@ -164,26 +166,30 @@ class RayCluster:
 
 
 class _Agent:
-    """A node's agent, and whether its forkserver has been ready.
+    """A node's agent, and whether its forkserver is ready; asked anew at every look, since either may die.
 
     Args:
         handle: of the actor.
     """
 
     def __init__(self, handle: Any) -> None:  # noqa: ANN401 - Ray's handles are untyped
+        self._handle = handle
         self._answer = handle.forkserver.remote()
 
         self.is_ready = False
 
     def look(self) -> bool:
-        """See whether the forkserver became ready; False if the agent could not start it, and is gone."""
-        if not self.is_ready and ray.wait([self._answer], timeout=0)[0]:
+        """See whether the forkserver was ready since the last look; False if the agent is gone."""
+        self.is_ready = bool(ray.wait([self._answer], timeout=0)[0])
+        if self.is_ready:
             try:
                 ray.get(self._answer)
+            except ActorUnavailableError:
+                self.is_ready = False  # being restarted
             except RayError:
                 logger.exception("A node's forkserver did not start; it will be tried again")
                 return False
-            self.is_ready = True
+            self._answer = self._handle.forkserver.remote()
         return True
 
 

@@ -57,7 +57,6 @@ class Supervisor:
         self._journal = Journal(JournalWriter(self._store, launch.job_id, launch.attempt))
         self._group: PlacementGroup | None = None
         self._ranks: list[Any] = []
-        self._run: asyncio.Task[None] | None = None
         self._is_started = False
         self._is_running = False
         self._stepped: set[int] = set()
@@ -94,18 +93,14 @@ class Supervisor:
         """Take the attempt's launch marker; False if another supervisor has, or if storage refuses it."""
         marker = launch_marker(self._launch.job_id, self._launch.attempt)
         try:
+            await asyncio.to_thread(self._store.check_identity, self._launch.storage_id)
             return await asyncio.to_thread(self._store.create_exclusively, marker, str(os.getpid()).encode())
-        except OSError:
+        except (OSError, ServiceError):
             logger.exception("The launch marker could not be written")
             return False
 
     async def read(self, after: int, wait_s: float) -> Sequence[JournalRecord]:
-        """Return journal records after a sequence number; waits for some, up to ``wait_s`` seconds.
-
-        Starts the attempt too, if whoever made this actor died before it could ask for that.
-        """
-        if not self._is_started:
-            self._run = asyncio.create_task(self.run())
+        """Return journal records after a sequence number; waits for some, up to ``wait_s`` seconds."""
         return await self._journal.read(after, wait_s)
 
     async def stop(self, reason: Reason) -> None:

@@ -232,6 +232,7 @@ class Launch:
 
     Attributes:
         storage_url: root of run storage, a path or an fsspec URL.
+        storage_id: what that root says of itself; another answer means another storage under the same name.
         checkpoints: where it may resume from, newest first.
         collective_timeout_s: how long a rank waits for its peers.
         start_timeout_s: how long all ranks may take to get a process.
@@ -243,6 +244,7 @@ class Launch:
     spec: JobSpec
     node_ids: tuple[str, ...]
     storage_url: str
+    storage_id: str
     checkpoints: tuple[Checkpoint, ...]
     collective_timeout_s: float
     start_timeout_s: float

@@ -161,8 +161,8 @@ class NormSpec(SpecModel):
 class ResourcesSpec(SpecModel):
     """What each worker is given."""
 
-    cpus_per_rank: Annotated[float, Field(gt=0, le=4096)] = 1.0
-    gpus_per_rank: Annotated[int, Field(ge=0, le=64)] = 0
+    cpus_per_rank: Annotated[float, Field(ge=0.01, le=4096)] = 1.0
+    gpus_per_rank: Annotated[int, Field(ge=0, le=64, description="training uses the first of them")] = 0
     memory_bytes_per_rank: Annotated[int | None, Field(ge=2**20, le=2**50)] = None
 
 

@@ -45,14 +45,14 @@ def admit(
                 free[node_id] = free[node_id] - amount
     starts: list[Start] = []
     waits: list[Wait] = []
-    blocked_by: Job | None = None
+    is_blocked = False
     for job in queued:
         amount = job.spec.resources_per_rank
         impossible = why_not(job.spec.workers, amount, nodes)
         if impossible is not None:
             waits.append(Wait(job=job, message=f"Waits for a larger cluster: {impossible}"))
-        elif blocked_by is not None:
-            waits.append(Wait(job=job, message=f"Waits behind {blocked_by.id} ({blocked_by.spec.name})."))
+        elif is_blocked:
+            waits.append(Wait(job=job, message="Waits for the jobs ahead of it."))
         elif (node_ids := place_gang(job.spec.workers, amount, free)) is not None:
             for node_id in node_ids:
                 free[node_id] = free[node_id] - amount
@@ -61,5 +61,5 @@ def admit(
             room = sum(amount_free.holds(amount) for amount_free in free.values())
             message = f"Needs {job.spec.workers} × ({amount}) at once; {room} free now. First in line."
             waits.append(Wait(job=job, message=message))
-            blocked_by = job
+            is_blocked = True
     return tuple(starts), tuple(waits)

@@ -12,6 +12,10 @@ from service.scheduler.launches import LaunchFactory
 
 # A stop request may be lost with a supervisor's connection; asking again does no harm.
 STOP_REPEAT_S = 2.0
+# A launch may be lost with the scheduler that asked for it, after the actor was made and before it was told to run.
+LAUNCH_REPEAT_S = 2.0
+# How much longer than the grace an attempt that was asked to stop may take to say that it has ended.
+STOP_OVERTIME_S = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +45,10 @@ class AttemptFollower:
         self._files = files
         self._make_launch = make_launch
         self._launch_timeout_s = launch_timeout_s
+        self._stop_grace_s = make_launch.stop_grace_s
+        self._launched_at: dict[tuple[str, int], float] = {}
         self._stop_asked_at: dict[tuple[str, int], float] = {}
+        self._stop_first_asked_at: dict[tuple[str, int], float] = {}
 
     def follow(self, lease: Lease, live: LiveAttempt) -> None:
         """Do what there is to do for one attempt, without waiting for it."""
@@ -58,8 +65,17 @@ class AttemptFollower:
         elif page.state is SupervisorState.GONE:
             self._follow_without_supervisor(lease, live)
             return
+        elif live.attempt.status is AttemptStatus.CREATED:
+            self._launch_again(live)
         # Also after records: a quick job has some at every look.
         self._ask_to_stop(lease, live)
+
+    def _launch_again(self, live: LiveAttempt) -> None:
+        """Repeat a launch that nothing has been heard of; a supervisor that runs already is not disturbed."""
+        key = (live.job.id, live.attempt.number)
+        if time.monotonic() - self._launched_at.setdefault(key, time.monotonic()) > LAUNCH_REPEAT_S:
+            self._launched_at[key] = time.monotonic()
+            self._cluster.launch(self._make_launch(live.job, live.attempt))
 
     def _take(self, lease: Lease, live: LiveAttempt, records: Sequence[JournalRecord]) -> bool:
         """Store records; True if they end the attempt, which is then sealed."""
@@ -94,6 +110,12 @@ class AttemptFollower:
             if reason is None:
                 return
             self._store.mark_stopping(lease, job_id, number, reason)
+        first_asked = self._stop_first_asked_at.setdefault((job_id, number), time.monotonic())
+        if time.monotonic() - first_asked > self._stop_grace_s + STOP_OVERTIME_S:
+            # Storage or the supervisor hangs. Sealed, the attempt can commit nothing more, whatever is left of it.
+            logger.error("%s attempt %d did not stop in time and is given up", job_id, number)
+            self._seal(lease, live, Outcome.STOPPED, reason, None)
+            return
         last_asked = self._stop_asked_at.get((job_id, number))
         if last_asked is None or time.monotonic() - last_asked > STOP_REPEAT_S:
             self._stop_asked_at[job_id, number] = time.monotonic()
@@ -111,7 +133,8 @@ class AttemptFollower:
         job = self._store.seal_attempt(lease, job_id, number, outcome=outcome, reason=reason, failure=failure)
         logger.info("%s attempt %d ended: %s (%s); the job is %s", job_id, number, outcome, reason, job.status)
         self._cluster.close(job_id, number)
-        self._stop_asked_at.pop((job_id, number), None)
+        for times in (self._launched_at, self._stop_asked_at, self._stop_first_asked_at):
+            times.pop((job_id, number), None)
 
     def _remove_old_checkpoints(self, lease: Lease, live: LiveAttempt) -> None:
         for checkpoint in self._store.resumable_checkpoints(live.job.id)[live.job.spec.checkpoint.keep_last :]:

@@ -13,6 +13,7 @@ class LaunchFactory:
     Attributes:
         store: for the checkpoints to resume from.
         storage_url: root of run storage, as the cluster's nodes see it.
+        storage_id: what that root says of itself.
         collective_timeout_s: how long a rank waits for its peers.
         start_timeout_s: how long the ranks may take to start.
         stop_grace_s: how long a rank that was asked to stop may take for its last checkpoint.
@@ -20,6 +21,7 @@ class LaunchFactory:
 
     store: SchedulerStore
     storage_url: str
+    storage_id: str
     collective_timeout_s: float
     start_timeout_s: float
     stop_grace_s: float
@@ -32,6 +34,7 @@ class LaunchFactory:
             spec=job.spec,
             node_ids=attempt.node_ids,
             storage_url=self.storage_url,
+            storage_id=self.storage_id,
             checkpoints=self.store.resumable_checkpoints(job.id),
             collective_timeout_s=self.collective_timeout_s,
             start_timeout_s=self.start_timeout_s,

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from service.domain.errors import LeaseLost, ServiceError, Unavailable
+from service.domain.errors import LeaseLost, Unavailable
 from service.domain.job import Reason
 from service.domain.placement import Node
 from service.domain.ports import Cluster, Lease, RunFiles, SchedulerStore
@@ -53,6 +53,7 @@ class Scheduler:
         self._has_to_close_forgotten = False
         self._renewed_at = 0.0
         self._nodes: tuple[Node, ...] = ()
+        self._troubles: dict[str, str] = {}
         self._nodes_at: float | None = None
         self._follower = AttemptFollower(
             store=store, cluster=cluster, files=files, make_launch=make_launch, launch_timeout_s=launch_timeout_s
@@ -161,9 +162,14 @@ class Scheduler:
                 self._follower.follow(lease, entry)
             except (LeaseLost, Unavailable):
                 raise
-            except (ServiceError, OSError, ValueError):
-                # One job's trouble is not another's.
-                logger.exception("%s attempt %d could not be followed", entry.job.id, entry.attempt.number)
+            except Exception as error:
+                # One job's trouble, whatever it is, is not another's. It is told once, and tried again.
+                told = f"{type(error).__name__}: {error}"
+                if self._troubles.get(entry.job.id) != told:
+                    self._troubles[entry.job.id] = told
+                    logger.exception("%s attempt %d could not be followed", entry.job.id, entry.attempt.number)
+            else:
+                self._troubles.pop(entry.job.id, None)
         return len(live)
 
     def _admit(self, lease: Lease) -> int:

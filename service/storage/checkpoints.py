@@ -54,6 +54,7 @@ def fetch_checkpoint(store: ObjectStore, checkpoint: Checkpoint, cache: Path) ->
 
     Raises:
         CorruptCheckpoint: a file is missing or differs from what was committed.
+        OSError: storage does not answer, which says nothing about the checkpoint.
     """
     if store.is_local:
         directory = store.local_path(checkpoint.path)
@@ -75,7 +76,7 @@ def fetch_checkpoint(store: ObjectStore, checkpoint: Checkpoint, cache: Path) ->
 def _verify(directory: Path, checkpoint: Checkpoint) -> None:
     try:
         found = describe_file(directory / MANIFEST_NAME)
-    except OSError as error:
+    except FileNotFoundError as error:
         raise CorruptCheckpoint(f"The manifest of step {checkpoint.step} cannot be read: {error}") from error
     if found.sha256 != checkpoint.manifest_sha256:
         raise CorruptCheckpoint(f"The manifest of step {checkpoint.step} is not the one that was committed.")

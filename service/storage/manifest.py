@@ -104,16 +104,17 @@ def verify_directory(directory: Path) -> Manifest:
     """Check every file of a local checkpoint against its manifest.
 
     Raises:
-        CorruptCheckpoint: a file is missing, or differs in size or hash, or the manifest cannot be read.
+        CorruptCheckpoint: a file is missing, or differs in size or hash, or the manifest makes no sense.
+        OSError: the directory cannot be read, which says nothing about the checkpoint.
     """
     try:
         manifest = Manifest.model_validate_json((directory / MANIFEST_NAME).read_bytes())
-    except (OSError, ValidationError) as error:
+    except (FileNotFoundError, ValidationError) as error:
         raise CorruptCheckpoint(f"{directory / MANIFEST_NAME} cannot be read: {error}") from error
     for expected in manifest.files:
         try:
             found = describe_file(directory / expected.name)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise CorruptCheckpoint(f"{directory / expected.name} cannot be read: {error}") from error
         if found != expected:
             raise CorruptCheckpoint(

@@ -2,12 +2,15 @@
 
 import os
 import shutil
+import uuid
 from pathlib import Path, PurePosixPath
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from service.domain.errors import NotFound, StorageError
+
+IDENTITY = "storage-id"
 
 
 class ObjectStore:
@@ -151,18 +154,32 @@ class ObjectStore:
         assert self.is_local
         return Path(self._full(path))
 
-    def probe(self) -> None:
-        """Prove that files can be written here.
+    def identify(self) -> str:
+        """Return what this storage calls itself; at first use it is given a name, which proves that it can be written.
 
         Raises:
-            StorageError: they cannot; it says why.
+            StorageError: it cannot be read or written; it says why.
         """
         try:
             if self.is_local:
                 Path(self._root).mkdir(parents=True, exist_ok=True)
-            self.write(".probe", b"syncbn")
-        except OSError as error:
-            raise StorageError(f"Run storage at {self.url} cannot be written: {error}") from error
+            self.create_exclusively(IDENTITY, uuid.uuid4().hex.encode())
+            return self.read(IDENTITY).decode()
+        except (OSError, NotFound) as error:
+            raise StorageError(f"Run storage at {self.url} cannot be used: {error}") from error
+
+    def check_identity(self, expected: str) -> None:
+        """Prove that this is the storage that the scheduler uses too, and not a directory of the same name.
+
+        Raises:
+            StorageError: it is another, or cannot be read.
+        """
+        try:
+            found = self.read(IDENTITY).decode()
+        except (OSError, NotFound) as error:
+            raise StorageError(f"This node does not see the service's run storage at {self.url}: {error}") from error
+        if found != expected:
+            raise StorageError(f"On this node {self.url} is not the service's run storage. Mount the same one.")
 
     def _full(self, path: str) -> str:
         parts = PurePosixPath(path).parts

@@ -85,21 +85,21 @@ def write_checkpoint(checkpoint: Checkpoint, task: RankTask, metrics: Mapping[st
     return target
 
 
-def read_checkpoint(directory: Path, *, spec_sha256: str) -> Checkpoint:
+def read_checkpoint(directory: Path, *, job_id: str) -> Checkpoint:
     """Read a checkpoint whose files were verified before.
 
     Args:
         directory: a local copy.
-        spec_sha256: hash of the specification that continues from it.
+        job_id: whose it has to be.
 
     Raises:
-        CheckpointMismatch: it was written under another specification.
+        CheckpointMismatch: it is another job's.
     """
     manifest = Manifest.model_validate_json((directory / MANIFEST_NAME).read_bytes())
-    if manifest.spec_sha256 != spec_sha256:
+    if manifest.job_id != job_id:
         raise CheckpointMismatch(
-            f"{directory} is step {manifest.step} of a job with another specification (SHA-256 "
-            f"{manifest.spec_sha256}, this job's is {spec_sha256}). Continue from a checkpoint of this job."
+            f"{directory} is step {manifest.step} of {manifest.job_id}, not of {job_id}. Continue from a checkpoint of "
+            "this job."
         )
     state = torch.load(directory / TRAINING_STATE_NAME, map_location="cpu", weights_only=True)
     return Checkpoint(

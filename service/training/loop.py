@@ -35,7 +35,7 @@ def train(task: RankTask, channel: Channel) -> Finished:
     world = World.join(task)
     trainer = Trainer(spec=task.spec, dataset=build_dataset(task.spec.dataset), world=world)
     if task.resume_dir is not None:
-        trainer.restore(read_checkpoint(Path(task.resume_dir), spec_sha256=task.spec.sha256))
+        trainer.restore(read_checkpoint(Path(task.resume_dir), job_id=task.job_id))
     _describe(task, trainer, world)
     if task.spec.norm.kind == "local" and world.size > 1 and world.rank == 0:
         channel.send(

@@ -136,7 +136,7 @@ class Trainer:
         undisturbed one in the last bits. Here a forward and a backward are spent on it, which leave no trace.
         """
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        self._accumulate(micro_step=0)
+        self._accumulate(micro_step=self.plan.num_micro_steps - 1)  # the one that DDP reduces after
         self._optimizer.zero_grad()
         with torch.no_grad():
             for buffer, value in buffers:

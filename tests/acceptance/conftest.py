@@ -10,7 +10,8 @@ from tests.acceptance.embedded_service import EmbeddedServiceProcess
 
 def _left_on_the_machine() -> set[Path]:
     # Ray's own default session directory would be /tmp/ray.
-    return {*Path("/dev/shm").iterdir(), *Path("/tmp").glob("ray")}
+    shared_memory = {path for path in Path("/dev/shm").iterdir() if not path.name.startswith("PostgreSQL.")}
+    return shared_memory | set(Path("/tmp").glob("ray"))
 
 
 @pytest.fixture(scope="session")

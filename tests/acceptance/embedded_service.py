@@ -16,7 +16,7 @@ import psutil
 
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 40.0
-# Inherited by every descendant, Ray's and ours; the forkserver drops only names that begin with SYNCBN_ or RAY_.
+# Inherited by every descendant, Ray's and ours; for training processes the service is told to pass it on.
 MARKER = "TEST_SERVICE_MARKER"
 
 
@@ -40,7 +40,7 @@ class EmbeddedServiceProcess:
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {MARKER: self.marker} | (environment or {}),
+                env=os.environ | {MARKER: self.marker, "SYNCBN_PASS_ENVIRONMENT": MARKER} | (environment or {}),
                 start_new_session=True,
             )
         wait_until(self._is_ready, READY_TIMEOUT_S, lambda: f"not ready:\n{self.all_logs()}")
@@ -123,6 +123,10 @@ class EmbeddedServiceProcess:
             if child.cmdline()[1:4] == ["-m", "service", role]:
                 return child.pid
         raise AssertionError(f"no {role} process")
+
+    def pid_by_title(self, beginning: str) -> int:
+        """The first process of this service whose title, as Ray sets it, begins so."""
+        return min(process.pid for process in self.processes() if "".join(process.cmdline()).startswith(beginning))
 
     def checkpoint_file(self, job_id: str, step: int, name: str) -> Path:
         checkpoints = self.get(f"/v1/jobs/{job_id}/checkpoints")["checkpoints"]

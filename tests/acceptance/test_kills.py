@@ -1,27 +1,31 @@
 """`kill -9` in the middle of a job costs at most a checkpoint interval, and changes nothing in the result.
 
-A failure says which process's death is not survived: the service's own (API, scheduler) or one of the attempt's
-(supervisor, training process).
+A failure says which process's death is not survived: one of the service's own or one of the attempt's.
 """
 
 import os
 import signal
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 from safetensors import safe_open
 
-from tests.acceptance.embedded_service import EmbeddedServiceProcess, digits_job, is_alive
+from tests.acceptance.embedded_service import EmbeddedServiceProcess, digits_job, is_alive, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
-NUM_STEPS = 120
+# Long enough that whoever takes the victim's place is seen at work before the job's end.
+NUM_STEPS = 600
 KILL_AT_STEP = 33
+SERVICE = ("api", "scheduler")
+ATTEMPT = ("supervisor", "rank actor", "training", "forkserver", "node agent")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(service: EmbeddedServiceProcess) -> dict[str, bytes]:
-    job_id = service.submit(digits_job(steps=NUM_STEPS))
+    job_id = service.submit(digits_job(steps=NUM_STEPS, checkpoint={"every_steps": 20}))
     assert service.wait_for_end(job_id)["status"] == "succeeded"
     return _weights(service, job_id)
 
@@ -32,34 +36,55 @@ def _weights(service: EmbeddedServiceProcess, job_id: str) -> dict[str, bytes]:
         return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118 - not a dict
 
 
-@pytest.mark.parametrize("victim", ["api", "scheduler", "supervisor", "training"])
+@pytest.mark.parametrize("victim", [*SERVICE, *ATTEMPT])
 def test_kill_minus_9(service: EmbeddedServiceProcess, undisturbed: dict[str, bytes], victim: str) -> None:
-    job_id = service.submit(digits_job(steps=NUM_STEPS))
+    job_id = service.submit(digits_job(steps=NUM_STEPS, checkpoint={"every_steps": 20}))
     service.wait_for_step(job_id, KILL_AT_STEP)
     training_pids = service.training_pids(job_id)
-    supervisor_pid = service.supervisor_pid(job_id)
-    pid = {
+    find = {
         "api": lambda: service.child_pid("api"),
         "scheduler": lambda: service.child_pid("scheduler"),
-        "supervisor": lambda: supervisor_pid,
+        "supervisor": lambda: service.supervisor_pid(job_id),
+        "rank actor": lambda: service.pid_by_title("ray::RankActor"),
         "training": lambda: training_pids[1],
-    }[victim]()
-    os.kill(pid, signal.SIGKILL)
+        "forkserver": lambda: psutil.Process(training_pids[0]).ppid(),
+        "node agent": lambda: psutil.Process(psutil.Process(training_pids[0]).ppid()).ppid(),
+    }
+    os.kill(find[victim](), signal.SIGKILL)
     killed_at = time.monotonic()
 
-    if victim in ("supervisor", "training"):
+    if victim in ATTEMPT:
         while any(map(is_alive, training_pids)):
             assert time.monotonic() - killed_at < 5.0, "processes of the dead attempt live on"
             time.sleep(0.02)
+    at_kill = service.job(job_id)["step"]
+    wait_until(lambda: service.job(job_id)["step"] > at_kill + 40, 60, service.all_logs)
+    assert service.job(job_id)["status"] == "running", "the job was over before anything took the victim's place"
     assert service.wait_for_end(job_id)["status"] == "succeeded"
+
     attempts = service.get(f"/v1/jobs/{job_id}/attempts")["attempts"]
-    if victim in ("api", "scheduler"):
+    if victim in SERVICE:
         assert len(attempts) == 1, "a healthy attempt was disturbed"
     else:
-        assert len(attempts) == 2
-        assert attempts[1]["resumed_from_step"] >= KILL_AT_STEP - KILL_AT_STEP % 10 - 10
+        assert [attempt["reason"] for attempt in attempts[:1]] != ["completed"]
+        assert len(attempts) == 2, attempts
+        assert attempts[1]["resumed_from_step"] >= 20, "more than a checkpoint interval was lost"
     steps = service.series(job_id, "train/loss")["steps"]
     assert steps == list(range(1, NUM_STEPS + 1)), "each step is shown exactly once"
     # The same world, and a bucket layout that a resume does not change: the same bits.
     assert _weights(service, job_id) == undisturbed
     assert not any(map(is_alive, training_pids)), "training processes live on after the job's end"
+
+
+def test_the_kernel_would_end_training_first(service: EmbeddedServiceProcess) -> None:
+    job_id = service.submit(digits_job(steps=2000))
+    service.wait_for_step(job_id, 1)
+    training_pids = set(service.training_pids(job_id))
+    marks = {
+        process.pid: int(Path(f"/proc/{process.pid}/oom_score_adj").read_text()) for process in service.processes()
+    }
+    service.http.post(f"/v1/jobs/{job_id}/cancel")
+    service.wait_for_end(job_id)
+    assert {marks[pid] for pid in training_pids} == {1000}
+    others = {psutil.Process(pid).cmdline()[0]: mark for pid, mark in marks.items() if psutil.pid_exists(pid)}
+    assert max(others.values()) < 1000, others

@@ -31,19 +31,23 @@ def start_agent(tmp_path, monkeypatch):
     for process in started:
         process.kill()
         process.wait(DEADLINE_S)
-        process.stdout.close()
 
 
 def test_no_secret_of_the_service_or_of_ray_reaches_a_training_process(start_agent, tmp_path, monkeypatch):
     for name in ("SYNCBN_TOKEN", "SYNCBN_DATABASE_URL", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
         monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("PGPASSWORD", "secret")
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.setenv("USERS_OWN", "kept")
+    monkeypatch.setenv("SYNCBN_PASS_ENVIRONMENT", "OTHER, USERS_OWN")
     socket_name, _ = start_agent().forkserver()
     with Owner(SimpleNamespace(socket_name=socket_name), tmp_path) as owner:
         environment = owner.fork().ask("describe")["environment"]
     assert not [name for name in environment if name.startswith(("SYNCBN_", "RAY_"))]
     assert "secret" not in environment.values()
     assert environment["USERS_OWN"] == "kept"
+    assert environment["NCCL_DEBUG"] == "WARN"
     assert environment["OMP_NUM_THREADS"] == "1"
 
 
@@ -59,19 +63,16 @@ def test_a_new_agent_clears_what_an_earlier_one_left(start_agent, tmp_path):
     assert other_node.exists()
 
 
-def test_an_agent_without_its_forkserver_ends(start_agent, monkeypatch):
-    class Ended(Exception):
-        pass
-
-    def end():
-        raise Ended
-
+def test_a_forkserver_that_died_is_replaced(start_agent, tmp_path):
     agent = start_agent()
-    monkeypatch.setattr(node_agent.ray.actor, "exit_actor", end)
+    first, _ = agent.forkserver()
+    assert agent.forkserver()[0] == first
     agent._forkserver.kill()
     agent._forkserver.wait(DEADLINE_S)
-    with pytest.raises(Ended):
-        agent.forkserver()
+    second, _ = agent.forkserver()
+    assert second != first
+    with Owner(SimpleNamespace(socket_name=second), tmp_path) as owner:
+        assert owner.fork().ask("describe")["environment"]
 
 
 def test_a_forkserver_that_does_not_start_is_an_error_with_its_log(start_agent, monkeypatch):

@@ -89,7 +89,7 @@ class Gang:
         with socket.create_server(("127.0.0.1", 0)) as rendezvous:
             for rank in range(world_size):
                 task = RankTask(
-                    job_id="job_under_test",
+                    job_id=JOB_ID,
                     attempt=1,
                     spec=spec,
                     rank=rank,
@@ -182,6 +182,7 @@ def job_spec(**overrides) -> JobSpec:
     return JobSpec.model_validate(fields)
 
 
+JOB_ID = "job_under_test"
 MLP = {"factory": "builtin:mlp", "args": {"hidden_sizes": [32]}}
 
 

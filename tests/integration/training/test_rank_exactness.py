@@ -19,7 +19,7 @@ from service.training.sampling import SampleOrder
 from service.training.tasks import Loss
 from service.training.trainer import Trainer
 from service.training.world import World
-from tests.integration.training.gang import MLP, job_spec, run_job
+from tests.integration.training.gang import JOB_ID, MLP, job_spec, run_job
 from tests.ranks import run_ranks
 
 NUM_STEPS = 50
@@ -127,7 +127,7 @@ def _one_step_from_each(rank, spec_json, directories):
     trainer = _trainer(rank, spec_json)
     results = []
     for directory in directories:
-        trainer.restore(read_checkpoint(directory, spec_sha256=JobSpec.model_validate_json(spec_json).sha256))
+        trainer.restore(read_checkpoint(directory, job_id=JOB_ID))
         result = trainer.step()
         results.append((result.loss, result.gradient_norm))
     return results

@@ -13,7 +13,7 @@ from service.domain.spec import JobSpec
 from service.training.datasets import build_dataset
 from service.training.trainer import Trainer
 from service.training.world import World
-from tests.integration.training.gang import MLP, job_spec, run_gang, run_job
+from tests.integration.training.gang import JOB_ID, MLP, job_spec, run_gang, run_job
 from tests.ranks import run_ranks
 
 ADAMW = {"name": "adamw", "learning_rate": 0.01}
@@ -50,9 +50,10 @@ def test_a_job_resumed_on_another_world_goes_on_the_same(tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 
 
-def test_only_settled_buckets_give_equal_bits():
+@pytest.mark.parametrize("normalization_size", [24, 12])
+def test_only_settled_buckets_give_equal_bits(normalization_size):
     # The control of the bit equality above: without settling, the first step sums in another order than the second.
-    spec = job_spec(batch={"size": 24}, steps=5).model_dump_json()
+    spec = job_spec(batch={"size": 24, "normalization_size": normalization_size}, steps=5).model_dump_json()
     for settle in (True, False):
         first, second = run_ranks(4, _weights_of_the_same_step_twice, spec, settle)[0]
         assert torch.equal(first, second) == settle
@@ -66,13 +67,15 @@ def test_a_finished_job_that_is_resumed_has_nothing_left_to_do(tmp_path):
     assert again.finished.step == 5
 
 
-def test_a_checkpoint_of_another_specification_is_refused(tmp_path):
-    rank = run_job(job_spec(model=MLP, steps=5), world_size=1, staging_dir=tmp_path / "first")
-    other = job_spec(model=MLP, steps=6)
-    (refused,) = run_gang(other, world_size=1, staging_dir=tmp_path / "other", resume_dir=rank.staged_dirs[5])
+def test_a_checkpoint_of_another_job_is_refused(tmp_path):
+    spec = job_spec(model=MLP, steps=5)
+    rank = run_job(spec, world_size=1, staging_dir=tmp_path / "first")
+    manifest = rank.staged_dirs[5] / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(JOB_ID, "job-other"))
+    (refused,) = run_gang(spec, world_size=1, staging_dir=tmp_path / "other", resume_dir=rank.staged_dirs[5])
     assert refused.exit_status == 1
     assert (refused.errored.cause, refused.errored.error_type) == ("user", "CheckpointMismatch")
-    assert "another specification" in refused.errored.message
+    assert "of job-other" in refused.errored.message
 
 
 def _weights_of_the_same_step_twice(rank, spec_json, settle):

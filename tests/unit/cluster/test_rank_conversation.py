@@ -44,6 +44,7 @@ class _Rank:
             spec=spec,
             node_ids=("a", "a"),
             storage_url=str(directory / "runs"),
+            storage_id=ObjectStore(str(directory / "runs")).identify(),
             checkpoints=(),
             collective_timeout_s=1.0,
             start_timeout_s=1.0,

@@ -48,6 +48,7 @@ def supervisor(tmp_path, monkeypatch):
         spec=spec,
         node_ids=("a", "a"),
         storage_url=str(tmp_path),
+        storage_id=ObjectStore(str(tmp_path)).identify(),
         checkpoints=(),
         collective_timeout_s=1.0,
         start_timeout_s=1.0,

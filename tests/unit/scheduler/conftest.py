@@ -45,6 +45,7 @@ class House:
             make_launch=LaunchFactory(
                 store=store,
                 storage_url=self.storage.url,
+                storage_id=self.storage.identify(),
                 collective_timeout_s=1.0,
                 start_timeout_s=2.0,
                 stop_grace_s=3.0,

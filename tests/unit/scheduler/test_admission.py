@@ -91,7 +91,7 @@ def test_a_large_job_is_not_overtaken_by_small_ones():
     assert starts == ()
     messages = _messages(waits)
     assert messages["large"] == "Needs 4 × (1 CPU) at once; 3 free now. First in line."
-    assert messages["small"] == messages["smaller"] == "Waits behind job-large (large)."
+    assert messages["small"] == messages["smaller"] == "Waits for the jobs ahead of it."
 
 
 def test_a_job_that_no_cluster_like_this_holds_holds_up_nobody():

@@ -5,6 +5,8 @@ import pytest
 from service.domain.errors import StorageError, Unavailable
 from service.domain.job import AttemptStatus, Failure, JobStatus, Outcome, Reason
 from service.domain.journal import CheckpointQuarantined, Ended, Metrics, Resumed, Warned
+from service.domain.ports import SupervisorState
+from service.scheduler import follower
 from service.storage.layout import checkpoint_dir, journal_dir
 from tests.fake_cluster import make_node
 
@@ -444,3 +446,40 @@ def test_the_last_record_counts_even_if_it_is_all_there_is(house, scheduler):
     scheduler.step()
     assert house.status(job_id) == (JobStatus.FAILED, Reason.RETRIES_EXHAUSTED)
     assert message in house.store.get(job_id).message
+
+
+def test_a_supervisor_that_was_made_but_never_told_to_run_is_told_again(house, scheduler, monkeypatch):
+    # Its scheduler died between the two.
+    monkeypatch.setattr(follower, "LAUNCH_REPEAT_S", 0.0)
+    job_id = house.submit()
+    house.cluster.keeps_silent = True
+    scheduler.step()
+    assert len(house.cluster.launches) == 1
+    successor = house.scheduler()
+    for _ in range(3):
+        successor.step()
+    assert len(house.cluster.launches) == 2
+    assert {(launch.job_id, launch.attempt) for launch in house.cluster.launches} == {(job_id, 1)}
+
+
+def test_a_running_attempt_that_says_nothing_is_not_launched_again(house, scheduler, monkeypatch):
+    monkeypatch.setattr(follower, "LAUNCH_REPEAT_S", 0.0)
+    house.start(scheduler)
+    for _ in range(3):
+        scheduler.step()
+    assert len(house.cluster.launches) == 1
+
+
+@pytest.mark.parametrize("state", [SupervisorState.ALIVE, SupervisorState.UNREACHABLE])
+def test_an_attempt_that_does_not_stop_is_given_up_in_the_end(house, scheduler, monkeypatch, state):
+    job_id = house.start(scheduler)
+    house.store.request_cancel(job_id)
+    house.cluster.supervisor(job_id, 1).state = state
+    scheduler.step()
+    assert house.status(job_id)[0] is JobStatus.STOPPING
+    scheduler.step()
+    assert house.status(job_id)[0] is JobStatus.STOPPING, "within its grace it is waited for"
+    monkeypatch.setattr(follower, "STOP_OVERTIME_S", -100.0)
+    scheduler.step()
+    assert house.status(job_id) == (JobStatus.CANCELLED, Reason.CANCELLED)
+    assert (job_id, 1) in house.cluster.closed

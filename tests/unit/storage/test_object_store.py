@@ -261,16 +261,26 @@ def test_a_directory_is_local_however_it_is_written(tmp_path):
     assert not ObjectStore("memory://x").is_local
 
 
-def test_probing_makes_the_root(tmp_path):
-    store = ObjectStore(str(tmp_path / "not" / "yet"))
-    store.probe()
-    store.probe()
-    assert (tmp_path / "not" / "yet").is_dir()
+def test_storage_has_one_name_whoever_asks(store):
+    name = store.identify()
+    assert name == store.identify()
+    store.check_identity(name)
 
 
-def test_probing_says_why_nothing_can_be_written(tmp_path):
+def test_another_storage_under_the_same_path_is_noticed(tmp_path):
+    service_sees, node_sees = ObjectStore(str(tmp_path / "shared")), ObjectStore(str(tmp_path / "local"))
+    expected = service_sees.identify()
+    with pytest.raises(StorageError, match="does not see"):
+        node_sees.check_identity(expected)
+    assert not (tmp_path / "local").exists(), "looking must not make it"
+    node_sees.identify()
+    with pytest.raises(StorageError, match="not the service's run storage"):
+        node_sees.check_identity(expected)
+
+
+def test_storage_says_why_it_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match="cannot be written") as caught:
-        ObjectStore(str(tmp_path / "file")).probe()
+    with pytest.raises(StorageError, match="cannot be used") as caught:
+        ObjectStore(str(tmp_path / "file")).identify()
     assert isinstance(caught.value, ServiceError)
     assert str(tmp_path / "file") in str(caught.value)

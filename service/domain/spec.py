@@ -251,13 +251,20 @@ class JobSpec(SpecModel):
             cpus=asked.cpus_per_rank, gpus=asked.gpus_per_rank, memory_bytes=asked.memory_bytes_per_rank or 0
         )
 
-    def batch_plan(self) -> BatchPlan:
-        """Return how this job's batches are spread over its workers."""
+    def batch_plan(self, world_size: int | None = None) -> BatchPlan:
+        """Return how this job's batches are spread over its workers.
+
+        Args:
+            world_size: number of ranks; by default ``workers``.
+
+        Raises:
+            NoPlan: that world cannot compute them exactly.
+        """
         return plan_batch(
             size=self.batch.size,
             normalization_size=self.batch.samples_normalized_together,
             max_per_rank=self.batch.max_per_rank,
-            world_size=self.workers,
+            world_size=self.workers if world_size is None else world_size,
         )
 
     @property

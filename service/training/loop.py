@@ -32,8 +32,11 @@ def train(task: RankTask, channel: Channel) -> Finished:
         RuntimeError: from a collective, see ``is_collective_failure``.
         Exception: whatever a model, a dataset or an optimizer raises.
     """
+    # What is wrong on every rank is told by every rank, before any of them waits for the others.
+    task.spec.batch_plan(task.world_size)
+    dataset = build_dataset(task.spec.dataset)
     world = World.join(task)
-    trainer = Trainer(spec=task.spec, dataset=build_dataset(task.spec.dataset), world=world)
+    trainer = Trainer(spec=task.spec, dataset=dataset, world=world)
     if task.resume_dir is not None:
         trainer.restore(read_checkpoint(Path(task.resume_dir), job_id=task.job_id))
     _describe(task, trainer, world)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from service.domain.batch_plan import BatchPlan, plan_batch
+from service.domain.batch_plan import BatchPlan
 from service.domain.spec import JobSpec
 from service.training.checkpoints import Checkpoint
 from service.training.datasets import Dataset
@@ -98,12 +98,7 @@ class Trainer:
         self._dataset = dataset
         self._world = world
         self._dtype = parameter_dtype(spec.precision)
-        self.plan = plan_batch(
-            size=spec.batch.size,
-            normalization_size=spec.batch.samples_normalized_together,
-            max_per_rank=spec.batch.max_per_rank,
-            world_size=world.size,
-        )
+        self.plan = spec.batch_plan(world.size)
         self._order = SampleOrder(num_samples=len(dataset.training), batch_size=spec.batch.size, seed=spec.seed)
         self.num_steps = spec.steps if spec.steps is not None else (spec.epochs or 0) * self._order.steps_per_epoch
         self.steps_done = 0

@@ -52,8 +52,15 @@ def empty_url(request, tmp_path):
             yield url
 
 
+@pytest.fixture
+def store(database_url):
+    store = SqlStore(database_url)
+    yield store
+    store.close()
+
+
 @pytest.fixture(params=[*KINDS, "fake"])
-def store(request, tmp_path):
+def any_store(request, tmp_path):
     """An empty store of every implementation, the fake of the API's tests included."""
     if request.param == "fake":
         yield FakeJobStore()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from signal import Signals
 
-from service.cluster.rank_actor import RankEnd
+from service.cluster.rank_end import RankEnd
 from service.domain.job import Failure, Outcome, Reason
 from service.domain.journal import Ended
 

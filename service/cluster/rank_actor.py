@@ -3,10 +3,7 @@
 import selectors
 import shutil
 import socket
-import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,26 +12,22 @@ import psutil
 import ray
 from ray.exceptions import RayActorError
 
+from service.cluster.conversation import Conversation
 from service.cluster.fork_client import ForkedProcess
 from service.cluster.forkserver import RENDEZVOUS_FD, ForkRequest
-from service.cluster.log_shipper import LogShipper
+from service.cluster.log_shipper import SHIP_INTERVAL_S, LogShipper, ShippingThread
 from service.cluster.names import node_agent_name
-from service.domain.errors import ServiceError
+from service.cluster.rank_end import RankEnd
+from service.cluster.report_sender import ReportSender
 from service.domain.job import Checkpoint
-from service.domain.journal import CheckpointWritten, Warned
 from service.domain.ports import Launch
-from service.domain.rank_protocol import Errored, Finished, FromRank, RankTask, Staged, StopRequest, parse_from_rank
-from service.storage.checkpoints import fetch_checkpoint, publish_checkpoint
+from service.domain.rank_protocol import RankTask, StopRequest
+from service.storage.checkpoints import fetch_checkpoint
 from service.storage.layout import log_dir
 from service.storage.object_store import ObjectStore
 
-SHIP_INTERVAL_S = 0.3
 # A dead peer's memory may take the kernel a while to tear down.
 FORK_TIMEOUT_S = 30.0
-# How long the last checkpoint, the last of the log and the last reports may take once the process is gone.
-UPLOAD_TIMEOUT_S = 600.0
-LAST_SHIP_TIMEOUT_S = 5.0
-REPORT_TIMEOUT_S = 10.0
 AGENT_RETRY_S = 0.2
 
 
@@ -44,28 +37,6 @@ class RankPlace:
 
     node_id: str
     address: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankEnd:
-    """How a rank's process ended.
-
-    Attributes:
-        exit_status: its exit code; negative is the signal that ended it.
-        step: optimizer steps done, where it said so.
-        stopped: it was asked to stop and did.
-        error: what it reported, if it did.
-    """
-
-    exit_status: int
-    step: int | None
-    stopped: bool
-    error: Errored | None
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether the rank did all it was asked to."""
-        return self.exit_status == 0 and self.error is None and self.step is not None
 
 
 class RankActor:
@@ -184,9 +155,9 @@ class RankActor:
         assert self._process is not None
         assert self._channel is not None
         assert self._shipper is not None
-        reports = _Reports(self._supervisor, self._rank)
-        conversation = _Conversation(self._launch, self._rank, reports, self._store)
-        shipping = _Shipping(self._shipper)
+        reports = ReportSender(self._supervisor, self._rank)
+        conversation = Conversation(self._launch, self._rank, reports, self._store)
+        shipping = ShippingThread(self._shipper)
         with selectors.DefaultSelector() as selector:
             selector.register(self._channel, selectors.EVENT_READ)
             selector.register(self._process, selectors.EVENT_READ)
@@ -227,128 +198,6 @@ class RankActor:
                 self._process.kill()
             except OSError:
                 return  # gone already
-
-
-class _Shipping:
-    """Ships the log from a thread of its own: storage that stalls must not stall what the process reports."""
-
-    def __init__(self, shipper: LogShipper) -> None:
-        self._shipper = shipper
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ship")
-        self._last: Future[bool] | None = None
-
-    def submit_if_idle(self) -> None:
-        """Ship what is new, unless shipping is under way."""
-        if self._last is None or self._last.done():
-            self._last = self._thread.submit(self._shipper.ship)
-
-    def finish(self) -> None:
-        """Ship the rest, within a time; what storage refuses until then is lost."""
-        deadline = time.monotonic() + LAST_SHIP_TIMEOUT_S
-        while time.monotonic() < deadline:
-            self.submit_if_idle()
-            assert self._last is not None
-            done, _ = wait([self._last], timeout=SHIP_INTERVAL_S)
-            if done and self._last.result():
-                break
-        self._thread.shutdown(wait=False)
-
-
-class _Reports:
-    """The way to the supervisor; keeps the order of what is sent."""
-
-    def __init__(self, supervisor: Any, rank: int) -> None:  # noqa: ANN401 - Ray's handles are untyped
-        self._supervisor = supervisor
-        self._rank = rank
-        self._under_way: list[Any] = []
-        self._sending = threading.Lock()
-
-    def send(self, reports: Sequence[FromRank | CheckpointWritten]) -> None:
-        """Send reports, without waiting for them to arrive."""
-        if not reports:
-            return
-        with self._sending:  # checkpoints are reported from the thread that uploads them
-            if self._under_way:
-                self._under_way = ray.wait(self._under_way, num_returns=len(self._under_way), timeout=0)[1]
-            self._under_way.append(self._supervisor.report.remote(self._rank, list(reports)))
-
-    def arrive(self) -> None:
-        """Wait until everything has arrived.
-
-        Raises:
-            RayError: something did not. The rank's end must not pass for a clean one then.
-        """
-        ray.get(self._under_way, timeout=REPORT_TIMEOUT_S)
-
-
-class _Conversation:
-    """What the process says, passed on in order; checkpoints are uploaded beside it, in their order."""
-
-    def __init__(self, launch: Launch, rank: int, reports: "_Reports", store: ObjectStore) -> None:
-        self._launch = launch
-        self._rank = rank
-        self._reports = reports
-        self._store = store
-        self._pending = b""
-        self._uploader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
-        self._uploads: list[Future[Errored | None]] = []
-        self._error: Errored | None = None
-        self._finished: Finished | None = None
-
-    def receive(self, channel: socket.socket) -> bool:
-        """Take in what can be read now; False at the end of it."""
-        try:
-            data = channel.recv(1 << 16)
-        except OSError:
-            data = b""
-        if not data:
-            return False
-        *lines, self._pending = (self._pending + data).split(b"\n")
-        self._take([parse_from_rank(line) for line in lines])
-        return True
-
-    def close(self, exit_status: int) -> RankEnd:
-        """Wait for the uploads and say how it ended."""
-        # A checkpoint that could not be stored is a warning while later ones may follow; the last one is the result.
-        last_upload = self._uploads[-1].result(UPLOAD_TIMEOUT_S) if self._uploads else None
-        self._uploader.shutdown()
-        # The end of a rank may overtake its reports on the way to the supervisor, which would close its journal.
-        self._reports.arrive()
-        finished = self._finished
-        return RankEnd(
-            exit_status=exit_status,
-            step=None if finished is None else finished.step,
-            stopped=finished is not None and finished.stopped,
-            error=self._error or last_upload,
-        )
-
-    def _take(self, messages: Sequence[FromRank]) -> None:
-        reports: list[Any] = []
-        for message in messages:
-            if isinstance(message, Errored):
-                self._error = message
-            elif isinstance(message, Finished):
-                self._finished = message
-            elif isinstance(message, Staged):
-                self._reports.send(reports)
-                reports = []
-                self._uploads.append(self._uploader.submit(self._upload, message))
-            else:
-                reports.append(message)
-        self._reports.send(reports)
-
-    def _upload(self, staged: Staged) -> Errored | None:
-        directory = Path(staged.directory)
-        try:
-            written = publish_checkpoint(self._store, self._launch.job_id, self._launch.attempt, staged.step, directory)
-        except (OSError, ServiceError) as error:
-            message = f"The checkpoint of step {staged.step} could not be stored: {error}"
-            self._reports.send([Warned(message=message, rank=self._rank)])
-            return Errored(cause="checkpoint", error_type=type(error).__name__, message=message, traceback="")
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-        self._reports.send([written])
-        return None
 
 
 def _remove_earlier_attempts(job_dir: Path, attempt: int) -> None:

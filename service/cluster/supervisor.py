@@ -15,7 +15,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from service.cluster.attempt_end import RankFailure, judge
 from service.cluster.journal import Journal
-from service.cluster.rank_actor import RankActor, RankEnd, RankPlace
+from service.cluster.rank_actor import RankActor, RankPlace
+from service.cluster.rank_end import RankEnd
 from service.domain.errors import CorruptCheckpoint, ServiceError
 from service.domain.job import Checkpoint, Outcome, Reason
 from service.domain.journal import (

@@ -10,10 +10,11 @@ import time
 
 import pytest
 
+from service import child as child_module
 from service import embedded
+from service.child import Child
 from service.cluster.head import head_address, head_command, ray_environment
 from service.domain.errors import Unavailable
-from service.embedded import Child
 
 DEADLINE_S = 20.0
 
@@ -89,7 +90,7 @@ def test_a_child_ends_with_the_service_whatever_ended_it(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from service.embedded import Child
+from service.child import Child
 child = Child("worker", Path(sys.argv[1]))
 child.start(["sleep", "1000"], {})
 print(child.pid, flush=True)
@@ -105,7 +106,7 @@ time.sleep(1000)
 
 def test_what_ends_is_started_at_once_and_then_ever_later(child, monkeypatch, caplog):
     now = 1000.0
-    monkeypatch.setattr(embedded.time, "monotonic", lambda: now)
+    monkeypatch.setattr(child_module.time, "monotonic", lambda: now)
     delays = []
     for _ in range(8):
         child._started_at = now
@@ -114,10 +115,10 @@ def test_what_ends_is_started_at_once_and_then_ever_later(child, monkeypatch, ca
     assert delays[0] == 0.0
     assert delays == sorted(delays)
     assert 0 < delays[1] <= 1.0
-    assert delays[-1] == embedded.MAX_BACKOFF_S
+    assert delays[-1] == child_module.MAX_BACKOFF_S
     assert "worker ended with status 1" in caplog.text
     # One that ran for a while is started at once again.
-    child._started_at, now = now, now + embedded.STABLE_S + 1
+    child._started_at, now = now, now + child_module.STABLE_S + 1
     child.ended(1)
     assert child.start_not_before == now
 
@@ -126,7 +127,7 @@ def test_a_child_that_fails_all_night_does_not_end_the_service(child):
     for _ in range(3000):
         child._started_at = time.monotonic()
         child.ended(1)
-    assert child.start_not_before <= time.monotonic() + embedded.MAX_BACKOFF_S
+    assert child.start_not_before <= time.monotonic() + child_module.MAX_BACKOFF_S
 
 
 def test_a_data_directory_serves_one_service(tmp_path):

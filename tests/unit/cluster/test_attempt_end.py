@@ -6,7 +6,7 @@ from itertools import permutations
 import pytest
 
 from service.cluster.attempt_end import RankFailure, judge
-from service.cluster.rank_actor import RankEnd
+from service.cluster.rank_end import RankEnd
 from service.domain.job import Outcome, Reason
 from service.domain.rank_protocol import Errored
 

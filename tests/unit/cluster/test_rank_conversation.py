@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from service.cluster.rank_actor import _Conversation
+from service.cluster.conversation import Conversation
 from service.domain.journal import CheckpointWritten, Metrics, Warned
 from service.domain.ports import Launch
 from service.domain.rank_protocol import Errored, Finished, Staged, Stepped
@@ -52,7 +52,7 @@ class _Rank:
         )
         self.supervisor = _Supervisor()
         self.store = ObjectStore(launch.storage_url)
-        self.conversation = _Conversation(launch, 1, self.supervisor, self.store)
+        self.conversation = Conversation(launch, 1, self.supervisor, self.store)
         self.ours, self.theirs = socket.socketpair()
         self._directory = directory
 

@@ -1,0 +1,27 @@
+"""How the training process of a rank ended."""
+
+from dataclasses import dataclass
+
+from service.domain.rank_protocol import Errored
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankEnd:
+    """How a rank's process ended.
+
+    Attributes:
+        exit_status: its exit code; negative is the signal that ended it.
+        step: optimizer steps done, where it said so.
+        stopped: it was asked to stop and did.
+        error: what it reported, if it did.
+    """
+
+    exit_status: int
+    step: int | None
+    stopped: bool
+    error: Errored | None
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the rank did all it was asked to."""
+        return self.exit_status == 0 and self.error is None and self.step is not None

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.acceptance.embedded_service import EmbeddedServiceProcess
+from tests.acceptance.embedded_service import EmbeddedServiceProcess, wait_until
 
 
 def _left_on_the_machine() -> set[Path]:
@@ -21,6 +22,24 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServic
     yield running
     assert running.stop() == 0
     assert _left_on_the_machine() <= before
+
+
+@pytest.fixture(autouse=True)
+def no_training_process_outlives_its_test() -> Iterator[None]:
+    """Every service of these tests is a descendant of this process, and so are its ranks."""
+    yield
+    wait_until(lambda: not _ranks(), 10, lambda: f"left behind: {_ranks()}")
+
+
+def _ranks() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.name().startswith("syncbn-rank-") and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
 
 
 @pytest.fixture

@@ -29,10 +29,13 @@ def test_50_float64_losses_are_equal_on_1_2_3_and_4_workers(service: EmbeddedSer
         losses = _losses(service, workers=workers)
         worst = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
         # Only the order of float64 sums differs: 1e-16 a sum, amplified over 50 steps of training.
+        print(f"{workers} workers against 1: largest relative difference of 50 losses {worst:.1e}")
         assert worst <= 1e-11, f"{workers} workers: {worst:.1e}"
 
 
 def test_local_batch_norm_differs_which_proves_that_the_comparison_can_fail(service: EmbeddedServiceProcess) -> None:
     expected = _losses(service, workers=1)
     losses = _losses(service, workers=4, norm={"kind": "local"})
-    assert max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)) > 1e-1
+    worst = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
+    print(f"local batch norm on 4 workers against 1: {worst:.2f}")
+    assert worst > 1e-1

@@ -14,8 +14,12 @@ import time
 from functools import partial
 from pathlib import Path
 
+from service.cli.job_file import load_job
+from service.cli.output import is_lively
+from service.cli.watch import watch_job
 from service.client.client import Client
 from service.client.discovery import find_service
+from service.domain.job import JobStatus
 from service.linux import die_with_parent
 
 HERE = Path(__file__).parent
@@ -68,7 +72,7 @@ def prepare(data_dir: Path) -> bool:
     return True
 
 
-def follow_job(serve: "subprocess.Popen[bytes]", data_dir: Path, job: Path, log_path: Path) -> int:
+def follow_job(serve: "subprocess.Popen[bytes]", data_dir: Path, job_file: Path, log_path: Path) -> int:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while not (data_dir / "service.json").exists():
         if serve.poll() is not None or time.monotonic() > deadline:
@@ -76,26 +80,28 @@ def follow_job(serve: "subprocess.Popen[bytes]", data_dir: Path, job: Path, log_
             return 1
         time.sleep(0.1)
     print("Try `pkill -9 syncbn-rank-2` in another terminal while it trains, and watch the curve go on.", flush=True)
-    command = [sys.executable, "-m", "service.cli.main", "--data-dir", str(data_dir), "submit", "--watch"]
-    status = subprocess.call([*command, "-f", str(job)])
-    if status == 0:
-        tell_how_to_load(data_dir)
-    return status
-
-
-def tell_how_to_load(data_dir: Path) -> None:
     endpoint = find_service(data_dir=data_dir, url=None, token=None, environment={})
-    with Client(endpoint.url, endpoint.token) as client:
-        newest = client.list_jobs(limit=1).jobs[0]
-        checkpoint = client.checkpoints(newest.id)[-1]
-    weights = data_dir / "runs" / checkpoint.path / "model.safetensors"
-    print(f"""
-The weights of step {checkpoint.step} stay in {weights}
-They load into the same network with torch.nn.BatchNorm2d or torch.nn.SyncBatchNorm:
+    with Client(endpoint.url, endpoint.token, reconnect_for_s=READY_TIMEOUT_S) as client:
+        job = watch_job(client, client.submit(load_job(job_file)), timeout_s=None, lively=is_lively())
+        print(f"{job.spec.name}: {job.status}, {job.step} of {job.num_steps} steps. {job.message}")
+        if job.status is not JobStatus.SUCCEEDED:
+            return 3
+        accuracy = client.metrics(job.id, names=["eval/accuracy"])["eval/accuracy"].values[-1]
+        checkpoint = client.checkpoints(job.id)[-1]
+    directory = data_dir / "runs" / checkpoint.path
+    print(f"""test accuracy {accuracy:.4f}
+checkpoint {directory}
+
+Its weights load into the same network with torch.nn.BatchNorm2d or torch.nn.SyncBatchNorm:
 
     from safetensors.torch import load_file
-    model.load_state_dict(load_file({str(weights)!r}))
+    model.load_state_dict(load_file("…/model.safetensors"))
+
+examples/evaluate_checkpoint.py does that, and finds the same accuracy in one process:
+
+    .venv/bin/python examples/evaluate_checkpoint.py {directory}
 """)
+    return 0
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class Child:
         self._started_at = 0.0
         self._num_short_lives = 0
         self.start_not_before = 0.0
+        self.is_stopping = False
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], *, pass_fds: Sequence[int] = ()) -> None:
         """Start it in a session of its own, so that a terminal's Ctrl-C does not reach it."""
@@ -59,7 +60,8 @@ class Child:
         self._num_short_lives = 0 if now - self._started_at > STABLE_S else min(self._num_short_lives + 1, 10)
         backoff_s = 0.0 if self._num_short_lives <= 1 else min(MAX_BACKOFF_S, 0.25 * 2**self._num_short_lives)
         self.start_not_before = now + backoff_s
-        logger.warning("%s ended with status %d; see %s", self.name, exit_status, self._log_path)
+        level = logging.INFO if self.is_stopping else logging.WARNING
+        logger.log(level, "%s ended with status %d; see %s", self.name, exit_status, self._log_path)
 
     def send(self, signal_number: int) -> None:
         """Send a signal to it, and to its group if the signal kills."""

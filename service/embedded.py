@@ -108,6 +108,7 @@ class EmbeddedService:
                 time.sleep(TICK_S)
         finally:
             self._stop()
+        sys.stdout.write("Stopped.\n")
         return 0
 
     def _ask_to_stop(self, _signal_number: int, _frame: FrameType | None) -> None:
@@ -172,6 +173,7 @@ class EmbeddedService:
         self._lock.close()
 
     def _stop_child(self, child: Child, grace_s: float) -> None:
+        child.is_stopping = True
         child.send(signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         while child.pid is not None:

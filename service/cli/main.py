@@ -70,9 +70,10 @@ def submit(
     with options.client() as client:
         if dry_run:
             plan = client.plan(spec)
+            code = ExitCode.USAGE if plan.fits is False else ExitCode.OK  # what submitting it would end with
             if output is Format.JSON:
                 show_json(plan.model_dump(mode="json"))
-                return
+                raise typer.Exit(code)
             verdict = {True: "yes", False: "no", None: "unknown"}[plan.fits]
             show_pairs(
                 [
@@ -84,7 +85,7 @@ def submit(
                     ("fits the cluster", verdict if plan.reason is None else f"{verdict}: {plan.reason}"),
                 ]
             )
-            return
+            raise typer.Exit(code)
         job = client.submit(spec)
     if output is Format.JSON:
         show_json(job.model_dump(mode="json"))

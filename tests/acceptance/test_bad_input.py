@@ -67,6 +67,16 @@ def test_the_command_line_names_field_and_remedy(
     assert _num_jobs(service) == before
 
 
+def test_a_dry_run_ends_as_the_submission_would(service: EmbeddedServiceProcess, tmp_path: Path) -> None:
+    before = _num_jobs(service)
+    for workers, code in ((4, 0), (16, 2)):
+        file = tmp_path / f"{workers}.yaml"
+        file.write_text(yaml.safe_dump(digits_job(workers=workers)))
+        result = _syncbn("submit", "--dry-run", str(file), "--data-dir", str(service.data_dir))
+        assert result.returncode == code, result
+    assert _num_jobs(service) == before
+
+
 @pytest.mark.parametrize(("change", "field", "remedy"), MISTAKES)
 def test_the_api_names_field_and_remedy(
     service: EmbeddedServiceProcess, change: dict[str, object], field: str, remedy: str

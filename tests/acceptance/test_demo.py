@@ -42,6 +42,10 @@ def test_the_demo_reaches_97_percent_in_at_most_350_steps(tmp_path: Path) -> Non
     path = next(line for line in output.splitlines() if line.startswith("checkpoint")).split()[-1]
     assert (tmp_path / "demo" / "runs" / path / "model.safetensors").exists()
     assert "load_file" in output
+    evaluated = subprocess.run(
+        [sys.executable, "examples/evaluate_checkpoint.py", path], capture_output=True, text=True, timeout=60
+    )
+    assert f"test accuracy {accuracy}" in evaluated.stdout, evaluated
     assert not marked_processes(marker)
 
 

@@ -111,9 +111,8 @@ def why_not(num_ranks: int, per_rank: Resources, nodes: Sequence[Node]) -> str |
     total = sum((node.total for node in nodes), Resources())
     return (
         f"{num_ranks} worker(s) of {per_rank} each need more than the cluster has: {len(nodes)} node(s) with {total} "
-        f"in all hold at most {room} of them. Use at most {room} workers, or ask for less "
-        "in resources, or add nodes (on one machine: syncbn serve "
-        "--cpus)."
+        f"in all hold at most {room} of them. Use at most {room} workers, or ask for less in resources, or add nodes "
+        "(on one machine: syncbn serve --cpus)."
         if room
         else f"no node of the cluster holds a worker of {per_rank}: {len(nodes)} node(s) with {total} in all. "
         "Ask for less in resources, or add a larger node."

@@ -29,6 +29,8 @@ from service.wiring import migrate_database
 SERVICE_FILE = "service.json"
 TICK_S = 0.1
 READY_TIMEOUT_S = 60.0
+# Of one question whether the API is ready; a busy machine may take its time to answer.
+ANSWER_TIMEOUT_S = 2.0
 HEAD_STOP_S = 5.0
 API_STOP_S = 8.0
 
@@ -136,7 +138,7 @@ class EmbeddedService:
         """Say that the service answers and has a cluster, once that is so."""
         try:
             headers = {"Authorization": f"Bearer {self._settings.token}"}
-            snapshot = httpx.get(f"{self.url}/v1/cluster", headers=headers, timeout=TICK_S)
+            snapshot = httpx.get(f"{self.url}/v1/cluster", headers=headers, timeout=ANSWER_TIMEOUT_S)
             cluster = snapshot.raise_for_status().json()
             # A snapshot of an earlier run says nothing about this one.
             ready = bool(cluster["nodes"]) and datetime.fromisoformat(cluster["observed_at"]) > started_at

@@ -175,7 +175,6 @@ class _Agent:
     def __init__(self, handle: Any) -> None:  # noqa: ANN401 - Ray's handles are untyped
         self._handle = handle
         self._answer = handle.forkserver.remote()
-
         self.is_ready = False
 
     def look(self) -> bool:

@@ -66,15 +66,20 @@ class AttemptFollower:
             self._follow_without_supervisor(lease, live)
             return
         elif live.attempt.status is AttemptStatus.CREATED:
+            self._launched_at.setdefault((job_id, number), time.monotonic())  # by whoever made the attempt
             self._launch_again(live)
         # Also after records: a quick job has some at every look.
         self._ask_to_stop(lease, live)
 
     def _launch_again(self, live: LiveAttempt) -> None:
-        """Repeat a launch that nothing has been heard of; a supervisor that runs already is not disturbed."""
+        """Repeat a launch that nothing has been heard of, now and then.
+
+        A supervisor that runs already is not disturbed; and of two, only one takes the launch marker.
+        """
         key = (live.job.id, live.attempt.number)
-        if time.monotonic() - self._launched_at.setdefault(key, time.monotonic()) > LAUNCH_REPEAT_S:
-            self._launched_at[key] = time.monotonic()
+        now = time.monotonic()
+        if key not in self._launched_at or now - self._launched_at[key] > LAUNCH_REPEAT_S:
+            self._launched_at[key] = now
             self._cluster.launch(self._make_launch(live.job, live.attempt))
 
     def _take(self, lease: Lease, live: LiveAttempt, records: Sequence[JournalRecord]) -> bool:
@@ -96,8 +101,7 @@ class AttemptFollower:
                 failure = Failure(error_type="SupervisorDied", message="The supervisor of the attempt died.")
                 self._seal_lost(lease, live, Reason.SUPERVISOR_LOST, failure)
         elif _age_s(live.attempt.created_at) < self._launch_timeout_s:
-            # The row was committed and its supervisor never started; starting it is safe, its marker is exclusive.
-            self._cluster.launch(self._make_launch(live.job, live.attempt))
+            self._launch_again(live)
         elif self._files.prevent_launch(job_id, number):
             failure = Failure(error_type="LaunchFailed", message="The supervisor of the attempt did not start.")
             self._seal_lost(lease, live, Reason.LAUNCH_FAILED, failure)

@@ -483,3 +483,12 @@ def test_an_attempt_that_does_not_stop_is_given_up_in_the_end(house, scheduler, 
     scheduler.step()
     assert house.status(job_id) == (JobStatus.CANCELLED, Reason.CANCELLED)
     assert (job_id, 1) in house.cluster.closed
+
+
+def test_launches_that_come_to_nothing_are_not_repeated_at_every_look(house, scheduler):
+    # Each would start a process.
+    house.submit()
+    house.cluster.loses_launches = True
+    for _ in range(10):
+        scheduler.step()
+    assert len(house.cluster.launches) == 2, "when it was admitted, and once since, within the interval"

@@ -5,15 +5,12 @@
 Median of nine fresh processes; wall time of the import alone, the interpreter's own start left out.
 """
 
-import json
-import platform
 import statistics
 import subprocess
 import sys
-from datetime import UTC, datetime
-from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import results
+
 TARGET_S = 0.8
 RUNS = 9
 CODE = """
@@ -32,17 +29,9 @@ def main() -> None:
     assert all(answer[1:] == ["False", "False"] for answer in answers), "torch or ray came along"
     times_s = sorted(float(answer[0]) for answer in answers)
     median_s = statistics.median(times_s)
-    print(f"import service.api.app: median {median_s:.2f} s of {RUNS} (target ≤ {TARGET_S:g} s); neither torch nor ray")
-    result = {
-        "benchmark": "api_import",
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "seconds": {"median": median_s, "all": times_s},
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"api_import_{datetime.now(UTC):%Y-%m-%d}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"Written to {path}")
+    figure = f"median {median_s:.2f} s of {RUNS} (target ≤ {TARGET_S:g} s)"
+    report = f"`import service.api.app`: {figure}; neither torch nor ray"
+    results.record("api_import", {"seconds": {"median": median_s, "all": times_s}}, report)
 
 
 if __name__ == "__main__":

@@ -8,22 +8,15 @@ since it may wait for the forkserver to finish importing torch. Prints a table a
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-import httpx
-import ray
-import torch
-
+from benchmarks import results
 from tests.acceptance.embedded_service import EmbeddedServiceProcess, digits_job
 
-RESULTS = Path(__file__).parent / "results"
 TARGET_S = 4.0
 
 
@@ -51,27 +44,15 @@ def main() -> None:
         finally:
             service.stop()
     p50, p99 = statistics.median(times_s), statistics.quantiles(times_s, n=100, method="inclusive")[98]
-    print("Submit → first step of all ranks, idle embedded service")
-    print(f"  service ready  {serve_s:6.2f} s")
-    print(f"  first job      {first_s:6.2f} s")
-    print(f"  p50 of {arguments.jobs:<3}     {p50:6.2f} s")
-    print(f"  p99 of {arguments.jobs:<3}     {p99:6.2f} s   (target ≤ {TARGET_S:g} s)")
-    result = {
-        "benchmark": "job_start",
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "configuration": {"workers": arguments.workers, "jobs": arguments.jobs, "cores": os.cpu_count()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "ray": ray.__version__,
-            "httpx": httpx.__version__,
-        },
-        "seconds": {"serve_ready": serve_s, "first": first_s, "p50": p50, "p99": p99, "all": times_s},
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"job_start_{datetime.now(UTC):%Y-%m-%d}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"Written to {path}")
+    figures = [
+        ["service ready", f"{serve_s:.2f} s"],
+        ["first job", f"{first_s:.2f} s"],
+        [f"p50 of {arguments.jobs}", f"{p50:.2f} s"],
+        [f"p99 of {arguments.jobs} (target ≤ {TARGET_S:g} s)", f"{p99:.2f} s"],
+    ]
+    report = results.table(["submit → first step of all ranks, idle embedded service", "time"], figures)
+    seconds = {"serve_ready": serve_s, "first": first_s, "p50": p50, "p99": p99, "all": times_s}
+    results.record("job_start", {"configuration": vars(arguments), "seconds": seconds}, report)
 
 
 if __name__ == "__main__":

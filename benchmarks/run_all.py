@@ -1,19 +1,28 @@
-"""Runs every benchmark of this folder, one after another: `make bench`."""
+"""Runs every benchmark, one after another: `make bench`.
 
+python -m benchmarks.run_all
+python -m benchmarks.run_all --quick   # those that can be tried in seconds; nothing is written
+"""
+
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
+QUICK = ("numerics", "cpu_kernels", "resnet_ddp")
+BENCHMARKS = (*QUICK, "exchange", "api_import", "job_start")
+
 
 def main() -> int:
-    here = Path(__file__).parent
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few repetitions; nothing is written")
+    quick = parser.parse_args().quick
     failed = []
-    for script in sorted(here.glob("*.py")):
-        if script.name == Path(__file__).name:
-            continue
-        print(f"\n=== {script.name}", flush=True)
-        if subprocess.call([sys.executable, "-m", f"benchmarks.{script.stem}"], cwd=here.parent) != 0:
-            failed.append(script.name)
+    for benchmark in QUICK if quick else BENCHMARKS:
+        print(f"\n=== {benchmark}", flush=True)
+        command = [sys.executable, "-m", f"benchmarks.{benchmark}", *(["--quick"] if quick else [])]
+        if subprocess.call(command, cwd=Path(__file__).parents[1]) != 0:
+            failed.append(benchmark)
     if failed:
         print(f"Failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

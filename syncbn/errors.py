@@ -5,6 +5,7 @@
     * SingleValueError
   * UnsupportedDeviceError (also a RuntimeError)
   * CollectiveError (also a RuntimeError)
+    * DivergenceError
   * ConversionError (also a ValueError)
 
 Each one also derives from the built-in that `torch.nn` would raise in its place, so existing handlers keep working.
@@ -32,5 +33,9 @@ class CollectiveError(SyncBatchNormError, RuntimeError):
     """A collective failed; the message names the rank, the step and the usual causes."""
 
 
+class DivergenceError(CollectiveError):
+    """Ranks met in one collective from different layers or directions; the message names who is where."""
+
+
 class ConversionError(SyncBatchNormError, ValueError):
-    """A layer cannot be converted or reverted; the message names its path in the model."""
+    """A layer cannot be converted, reverted, frozen or folded; the message names its path in the model."""

@@ -1,18 +1,26 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from syncbn import moments
-from syncbn.collectives import all_reduce_sum, resolve_group
-from syncbn.errors import ArgumentError, SingleValueError, UnsupportedDeviceError
+from syncbn import activation as _activation
+from syncbn import moments, operators
+from syncbn.activation import Activation, ActivationName, check_activation
+from syncbn.arguments import canonical_mask, check_input, check_options, check_parameters
+from syncbn.autograd import Normalize
+from syncbn.collectives import resolve_group
+from syncbn.groups import LOCAL, group_name
 from syncbn.kernels import backend_for
+from syncbn.moments import RunningStatistics
+from syncbn.renormalization import Renormalization, check_renormalization, corrected, correction, refuse_recomputation
+from syncbn.steps import Probe, meeting, reduced_moments
+from syncbn.tracking import is_recomputation, track
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from syncbn.groups import Group
+    from syncbn.tracking import Collector
 
 
 def sync_batch_norm(
@@ -25,21 +33,31 @@ def sync_batch_norm(
     training: bool,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
-    process_group: ProcessGroup | None = None,
+    process_group: Group = None,
     num_batches_tracked: torch.Tensor | None = None,
+    num_nonfinite_batches: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: ActivationName | None = None,
+    negative_slope: float = 0.01,
+    mask: torch.Tensor | None = None,
+    renormalization: Renormalization | None = None,
+    name: str = "sync_batch_norm",
 ) -> torch.Tensor:
     """Batch norm over the samples of every rank of a group (Ioffe & Szegedy 2015, Algorithm 1).
 
-    With `training`, all ranks of the group must call together, each with its own samples; one all-reduce in the
-    forward and one in the backward exchange sums per channel. Ranks weigh by what they hold: sample counts and
-    spatial sizes may differ, and a rank may be empty (N = 0; it still takes part in both collectives, and its
-    parameter gradients are zeros). Where every rank is empty the running statistics stay as they are. The gradients
-    of weight and bias are this rank's own part, as data-parallel wrappers expect.
+    y = f(γ(x − mean)/σ + β + residual). With `training`, all ranks of the group must call together, each with its own
+    samples; one all-reduce in the forward and one in the backward exchange sums per channel. Ranks weigh by what they
+    hold: sample counts and spatial sizes may differ, and a rank may be empty (N = 0; it still takes part in both
+    collectives, and its parameter gradients are zeros). Where every rank is empty the running statistics stay as they
+    are. The gradients of weight and bias are this rank's own part, as data-parallel wrappers expect.
 
-    Whether the backward runs is decided by autograd on each rank alone. So requires_grad of input, weight and bias
-    has to agree between ranks, and either all ranks or none may use the output in what they differentiate;
+    Whether the backward runs is decided by autograd on each rank alone. So requires_grad of input, weight, bias and
+    residual has to agree between ranks, and either all ranks or none may use the output in what they differentiate;
     otherwise some ranks wait in the backward's collective until the group's timeout. Add `0 * output.sum()` to
     the loss of a rank that has no use for it.
+
+    A forward that activation checkpointing runs again, inside a backward, does not count in the running statistics a
+    second time. The gradient can itself be differentiated (`create_graph=True`), except under torch.compile.
 
     Without `training` the running statistics normalize, and nothing is communicated.
 
@@ -54,9 +72,18 @@ def sync_batch_norm(
         momentum: Weight of the batch in the running statistics (the exponential average factor); None for the
             cumulative average over `num_batches_tracked`.
         eps: Added to the variance, in the units of x².
-        process_group: Group to synchronize over; None for the default one. Without torch.distributed this
-            process is alone.
+        process_group: Group to synchronize over, or a one-dimensional DeviceMesh; None for the default group. Without
+            torch.distributed this process is alone. "local" for this rank alone.
         num_batches_tracked: Counter of the batches in the running statistics, shape (), int64, incremented in place.
+        num_nonfinite_batches: Counter of batches with a NaN or an Inf anywhere, shape (), int64. Where it is given
+            such batches are counted there and leave the running statistics as they are.
+        residual: Added before the activation, shape (N, C, *), in the input's dtype.
+        activation: f: None, "relu", "leaky_relu" or "silu", in the same pass over memory.
+        negative_slope: Slope of leaky_relu below zero.
+        mask: Which positions are valid, bool, shape (N, 1, *) or (N, *). What lies elsewhere, NaN included, takes
+            part in nothing: output and gradients are 0 there.
+        renormalization: Limits of batch renormalization (Ioffe 2017); None for batch norm.
+        name: What to call this layer in errors.
 
     Returns:
         Shape (N, C, *), the dtype and memory format of `input`.
@@ -69,146 +96,185 @@ def sync_batch_norm(
         UnsupportedDeviceError: If the device has no float64.
         CollectiveError: If the exchange with the other ranks fails.
     """
-    _check_arguments(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    if not training:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=eps)
+    options = Options(
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        process_group=process_group,
+        activation=Activation(activation, negative_slope),
+        renormalization=renormalization,
+        name=name,
+    )
+    running = (running_mean, running_var, num_batches_tracked, num_nonfinite_batches)
+    return normalize_batch(input, running, weight, bias, residual, mask, options)
 
-    group = resolve_group(process_group)
+
+class Options(NamedTuple):
+    """What a call is told beside its tensors; `sync_batch_norm` describes the first seven.
+
+    Attributes:
+        identity: Of the layer in traced graphs, in place of its name and collector.
+        collector: Takes the batch's statistics in place of the running ones.
+        probe: Does the forward's all-reduce, to observe it.
+    """
+
+    training: bool
+    momentum: float | None
+    eps: float
+    process_group: Group
+    activation: Activation
+    renormalization: Renormalization | None
+    name: str
+    identity: torch.Tensor | None = None
+    collector: Collector | None = None
+    probe: Probe | None = None
+
+
+def normalize_batch(
+    input: torch.Tensor,
+    buffers: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    options: Options,
+) -> torch.Tensor:
+    """What `sync_batch_norm` does, for callers that have more to say.
+
+    Args:
+        input: Shape (N, C, *).
+        buffers: running_mean, running_var, num_batches_tracked, num_nonfinite_batches.
+        weight: Shape (C,).
+        bias: Shape (C,).
+        residual: Shape (N, C, *).
+        mask: Shape (N, 1, *) or (N, *).
+        options: All else.
+    """
+    mean, var, num_batches, num_nonfinite = buffers
+    check_input(input, residual)
+    check_parameters(input, mean, var, weight, bias)
+    check_options(options.training, options.momentum, options.eps, mean, num_batches)
+    check_activation(*options.activation)
+    mask = canonical_mask(mask, input)
+    running = None
+    if mean is not None and var is not None:
+        running = RunningStatistics(mean, var, num_batches, options.momentum, num_nonfinite)
+    if not options.training:
+        assert running is not None
+        return _evaluate(input, running, weight, bias, residual, mask, options)
+    if options.renormalization is not None:
+        check_renormalization(options.renormalization, tracks_running_statistics=running is not None)
+    train = _train_traced if torch.compiler.is_compiling() else _train
+    return train(input, running, weight, bias, residual, mask, options)
+
+
+def _train(
+    input: torch.Tensor,
+    running: RunningStatistics | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    options: Options,
+) -> torch.Tensor:
+    _, _, eps, process_group, activation, renormalization, name, _, collector, probe = options
+    group = None if process_group == LOCAL else resolve_group(process_group)
+    # A backend finalizes and folds in at once, unless something has to happen between the two or instead.
+    at_once = renormalization is None and collector is None
+    folded_in = running if at_once and not is_recomputation() else None
+    if renormalization is not None:
+        refuse_recomputation(name, collector)
+    if at_once and group is None and mask is None and probe is None and input.numel() > input.size(1):
+        alone = backend_for(input).alone(input, weight, bias, residual, folded_in, eps, activation)
+        if alone is not None:
+            return alone
     with torch.no_grad():
-        payload = moments.pack(backend_for(input).moments(input))
-        all_reduce_sum(payload, group, "the forward's batch statistics")
-        statistics = moments.finalize(moments.unpack(payload), eps)
-        if input.device.type == "cpu" and statistics.count.item() == 1:
-            raise SingleValueError(
-                "batch statistics need more than one value per channel, but the whole group holds one (this rank's "
-                f"input has shape {tuple(input.shape)}); use a larger batch, or eval() to normalize with the running "
-                "statistics"
-            )
-        if running_mean is not None and running_var is not None:
-            moments.update_running(running_mean, running_var, num_batches_tracked, statistics, momentum)
-    output: torch.Tensor = _Normalize.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, statistics.mean, statistics.invstd, statistics.count, group
+        payload = reduced_moments(input, mask, group, name, probe)
+        statistics = backend_for(input).finalize(payload, eps, folded_in)
+        if running is not None and not at_once:
+            if renormalization is not None:
+                r, d = correction(statistics, running.mean, running.var, renormalization, eps)
+            track(running, payload, collector)
+    if renormalization is not None:
+        weight, bias = corrected(weight, bias, r, d)
+    output: torch.Tensor = Normalize.apply(  # type: ignore[no-untyped-call]
+        input,
+        weight,
+        bias,
+        residual,
+        mask,
+        statistics,
+        activation,
+        eps,
+        group,
+        "" if group is None else meeting("backward", name, input),
     )
     return output
 
 
-class _Context(FunctionCtx):
-    saved_tensors: tuple[torch.Tensor, ...]
-    needs_input_grad: tuple[bool, ...]
-    group: ProcessGroup | None
-    bias_dtype: torch.dtype | None
-
-
-class _Normalize(torch.autograd.Function):
-    """Normalizes with given statistics; the gradient goes through the statistics of all ranks."""
-
-    @staticmethod
-    def forward(
-        ctx: _Context,
-        input: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        mean: torch.Tensor,
-        invstd: torch.Tensor,
-        count: torch.Tensor,
-        group: ProcessGroup | None,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(
-            input,
-            weight,  # type: ignore[arg-type]
-            mean,
-            invstd,
-            count,
-        )
-        ctx.group = group
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return backend_for(input).normalize(
-            input, moments.affine(mean, invstd, weight, bias, moments.compute_dtype(input.dtype))
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: _Context, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input, weight, mean, invstd, count = ctx.saved_tensors
-        backend, dtype = backend_for(input), moments.compute_dtype(input.dtype)
-        pivot = mean.to(dtype)
-        local_sums = moments.center_gradient_sums(backend.gradient_sums(grad_output, input, pivot), mean, pivot)
-
-        # Always, even where this rank's input needs no gradient: another rank's may, and every rank has to come.
-        sums = local_sums.clone()
-        all_reduce_sum(sums, ctx.group, "the backward's gradient sums")
-
-        grad_input = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            coefficients = moments.input_gradient(sums, count, mean, invstd, weight, dtype)
-            grad_input = backend.input_gradient(grad_output, input, coefficients)
-        if ctx.needs_input_grad[1]:
-            grad_weight = (local_sums[1] * invstd).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_bias = local_sums[0].to(ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, None, None, None, None
-
-
-_INPUT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_DEVICES_WITHOUT_FLOAT64 = ("mps",)
-
-
-def _check_arguments(
+def _train_traced(
     input: torch.Tensor,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
+    running: RunningStatistics | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: torch.Tensor | None,
-) -> None:
-    if input.dim() < 2 or input.size(1) == 0:
-        raise ArgumentError(
-            f"input: expected shape (N, C, *) with at least one channel, got {tuple(input.shape)}; add the missing "
-            "dimension (unsqueeze)"
-        )
-    if input.dtype not in _INPUT_DTYPES:
-        raise ArgumentError(
-            f"input: expected float64, float32, bfloat16 or float16, got {input.dtype}; convert it (input.float())"
-        )
-    if input.device.type in _DEVICES_WITHOUT_FLOAT64:
-        raise UnsupportedDeviceError(
-            f"input: device {input.device} has no float64, which the batch statistics are reduced in; move the layer "
-            "and its input to cpu or cuda"
-        )
-    if (running_mean is None) != (running_var is None):
-        raise ArgumentError("running_mean, running_var: give both or neither")
-    if not training and running_mean is None:
-        raise ArgumentError("running_mean: required without training; pass it, or training=True for batch statistics")
-    if momentum is None and training and running_mean is not None and num_batches_tracked is None:
-        raise ArgumentError("num_batches_tracked: required with momentum=None; pass it, or a momentum")
-    if not eps >= 0:
-        raise ArgumentError(f"eps: expected a number of at least 0, got {eps}")
-    for name, values in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if values is not None:
-            _check_per_channel(name, values, input)
+    residual: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    options: Options,
+) -> torch.Tensor:
+    """The same steps as operators; a probe is left out, since it takes times."""
+    _, _, eps, process_group, activation, renormalization, name, identity, _, _ = options
+    group = group_name(process_group)
+    name = name if identity is None else ""
+    with torch.no_grad():
+        payload = operators.reduced_moments(input, mask, group, name, identity)
+        statistics = moments.finalize(payload, eps)
+        if running is not None:
+            if renormalization is not None:
+                r, d = operators.correction(
+                    statistics, running.mean, running.var, *renormalization, eps, name, identity
+                )
+            operators.track(
+                payload,
+                running.mean,
+                running.var,
+                running.num_batches,
+                running.num_nonfinite,
+                running.momentum,
+                identity,
+            )
+    if renormalization is not None:
+        weight, bias = corrected(weight, bias, r, d)
+    output: torch.Tensor = operators.normalize(
+        input, weight, bias, residual, mask, statistics, *activation, group, name, identity
+    )
+    return output
 
 
-def _check_per_channel(name: str, values: torch.Tensor, input: torch.Tensor) -> None:
-    if values.shape != input.shape[1:2]:
-        raise ArgumentError(
-            f"{name}: expected shape ({input.size(1)},) for the {input.size(1)} channels of input "
-            f"{tuple(input.shape)}, got {tuple(values.shape)}; num_features has to equal the channels"
-        )
-    if values.device != input.device:
-        raise ArgumentError(
-            f"{name}: on {values.device}, but input is on {input.device}; move one to the other (layer.to(device))"
-        )
-    half_input = input.dtype in (torch.bfloat16, torch.float16)
-    if values.dtype != input.dtype and not (half_input and values.dtype == torch.float32):
-        raise ArgumentError(
-            f"{name}: expected {input.dtype}{' or torch.float32' if half_input else ''} for this input, got "
-            f"{values.dtype}; convert the layer (layer.to(dtype)) or the input"
-        )
+def _evaluate(
+    input: torch.Tensor,
+    running: RunningStatistics,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    options: Options,
+) -> torch.Tensor:
+    if mask is not None:  # before any operation: autograd multiplies a NaN of the padding by 0, which is NaN
+        input = torch.where(mask, input, 0)
+        residual = None if residual is None else torch.where(mask, residual, 0)
+    mean, var = running.mean, running.var
+    if len({values.dtype for values in (mean, var, weight, bias) if values is not None}) > 1:
+        mean, var = mean.float(), var.float()  # F.batch_norm takes them in one dtype
+        weight, bias = (None if values is None else values.float() for values in (weight, bias))
+    output = laid_out_as(input, F.batch_norm(input, mean, var, weight, bias, training=False, eps=options.eps))
+    if residual is not None:
+        output = output + residual
+    output = _activation.apply(output, options.activation)
+    return output if mask is None else torch.where(mask, output, 0)
+
+
+def laid_out_as(input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """The output in the input's layout, which torch's own operations keep for its memory formats alone."""
+    if not input.is_contiguous() and output.stride() != torch.empty_like(input, device="meta").stride():
+        return torch.empty_like(input).copy_(output)
+    return output

@@ -156,6 +156,9 @@ class NormSpec(SpecModel):
         float | None, Field(gt=0, le=1, description="of the running statistics; as the model has it")
     ] = None
     eps: Annotated[float | None, Field(gt=0, le=1, description="added to the variance; as the model has it")] = None
+    skip_nonfinite: Annotated[
+        bool, Field(description="with ``sync``, a batch with a NaN or an Inf leaves the running statistics as they are")
+    ] = True
 
 
 class ResourcesSpec(SpecModel):

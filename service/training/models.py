@@ -35,7 +35,7 @@ def configure_norm(model: nn.Module, norm: NormSpec) -> nn.Module:
                 layer.momentum = norm.momentum
             if norm.eps is not None:
                 layer.eps = norm.eps
-    return convert_sync_batchnorm(model) if norm.kind == "sync" else model
+    return convert_sync_batchnorm(model, skip_nonfinite=norm.skip_nonfinite) if norm.kind == "sync" else model
 
 
 def _mlp(arguments: Mapping[str, object], input_shape: tuple[int, ...], num_classes: int) -> nn.Module:

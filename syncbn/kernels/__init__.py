@@ -1,3 +1,4 @@
-from syncbn.kernels.dispatch import Backend, backend_for
+from syncbn.kernels.backend import Backend, GradientSums
+from syncbn.kernels.dispatch import backend_for
 
-__all__ = ["Backend", "backend_for"]
+__all__ = ["Backend", "GradientSums", "backend_for"]

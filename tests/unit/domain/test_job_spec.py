@@ -41,7 +41,7 @@ FULL = {
     "workers": 3,
     "epochs": 2,
     "seed": 2**63 - 1,
-    "norm": {"kind": "local", "momentum": 0.01, "eps": 1e-3},
+    "norm": {"kind": "local", "momentum": 0.01, "eps": 1e-3, "skip_nonfinite": False},
     "precision": "bfloat16",
     "gradient_clip_norm": 1.5,
     "resources": {"cpus_per_rank": 0.5, "gpus_per_rank": 1, "memory_bytes_per_rank": 2**30},

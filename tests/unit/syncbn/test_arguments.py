@@ -54,7 +54,7 @@ def test_the_arguments_themselves_are_fine():
 
 
 def test_a_device_without_float64_is_refused(monkeypatch):
-    monkeypatch.setattr("syncbn.functional._DEVICES_WITHOUT_FLOAT64", ("cpu",))
+    monkeypatch.setattr("syncbn.arguments._DEVICES_WITHOUT_FLOAT64", ("cpu",))
     with pytest.raises(UnsupportedDeviceError, match=r"float64.*cpu or cuda"):
         sync_batch_norm(**ARGUMENTS)
 

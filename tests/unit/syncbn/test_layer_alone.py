@@ -117,6 +117,52 @@ def test_a_layer_in_bfloat16_keeps_its_dtypes():
     assert {t.dtype for t in (layer.weight.grad, layer.bias.grad, layer.running_mean)} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("running", [torch.float32, torch.bfloat16], ids=lambda d: f"running statistics in {d}")
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=lambda d: f"parameters in {d}")
+def test_parameters_and_running_statistics_may_differ_in_precision(parameters, running):
+    # FSDP's mixed precision casts parameters and leaves buffers.
+    layer = SyncBatchNorm(3, dtype=parameters)
+    for name in ("running_mean", "running_var"):
+        setattr(layer, name, getattr(layer, name).to(running))
+    x = torch.randn(6, 3, 4, 4, dtype=torch.bfloat16)
+    for training in (True, False):
+        layer.train(training).zero_grad()
+        y = layer(x)
+        y.sum().backward()
+        assert y.dtype == torch.bfloat16
+        assert layer.weight.grad.dtype == parameters
+        assert layer.running_mean.dtype == running
+    expected = nn.functional.batch_norm(x.float(), layer.running_mean.float(), layer.running_var.float())
+    torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=1e-6)  # half a unit in the last place of bfloat16
+
+
+def test_a_graph_may_be_run_backwards_twice():
+    layer = SyncBatchNorm(5, activation="relu", dtype=torch.float64)
+    x, residual, dy = (torch.randn(4, 5, 3, dtype=torch.float64) for _ in range(3))
+    wanted = [x.requires_grad_(), residual.requires_grad_(), *layer.parameters()]
+    y, before = layer(x, residual), dy.clone()
+    first = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+    second = torch.autograd.grad(y, wanted, dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(dy, before)
+
+
+def test_a_forward_in_inference_mode_counts_and_training_goes_on():
+    layer = SyncBatchNorm(5)
+    with torch.inference_mode():
+        layer(torch.randn(4, 5))
+    layer(torch.randn(4, 5)).sum().backward()
+    assert layer.num_batches_tracked == 2
+
+
+def test_buffers_and_parameters_may_be_those_of_a_functional_call():
+    layer = SyncBatchNorm(5)
+    given = {name: value.detach().clone() for name, value in layer.state_dict().items()}
+    torch.func.functional_call(layer, given, (torch.randn(4, 5),))
+    assert (layer.num_batches_tracked, given["num_batches_tracked"]) == (0, 1)
+    assert given["running_mean"].any()
+
+
 def test_a_single_value_per_channel_is_refused_and_changes_nothing():
     layer = SyncBatchNorm(5)
     before = copy.deepcopy(layer.state_dict())
@@ -159,12 +205,17 @@ def test_copies_and_pickles_keep_everything():
     assert layer.num_batches_tracked == 1
 
 
-def test_a_second_derivative_is_refused():
-    layer = SyncBatchNorm(5)
-    x = torch.randn(4, 5, requires_grad=True)
-    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+def test_the_gradient_can_be_differentiated():
+    ours, plain = pair(2)
+    x, dy = torch.randn(2, 6, 5, dtype=torch.float64)
+    results = []
+    for layer in (ours, plain):
+        leaf = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad((layer(leaf).square() * dy).sum(), leaf, create_graph=True)
+        dx.square().sum().backward()
+        results.append((dx.detach(), leaf.grad, layer.weight.grad))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)  # float64; larger terms that partly cancel
 
 
 @pytest.mark.parametrize(("kwargs", "named"), [({"num_features": 0}, "num_features"), ({"eps": -1.0}, "eps")])

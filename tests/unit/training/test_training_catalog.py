@@ -47,6 +47,16 @@ def test_norms_become_what_the_specification_says(kind, expected):
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.parametrize("norm", [NormSpec(), NormSpec(skip_nonfinite=False)], ids=str)
+def test_a_batch_with_a_nan_poisons_the_running_statistics_only_if_that_is_asked_for(norm):
+    spec = ModelSpec(factory="builtin:mlp", args={"hidden_sizes": [4]})
+    model = configure_norm(build_model(spec, input_shape=(1, 2, 2), num_classes=2, seed=0), norm)
+    layer = next(layer for layer in model.modules() if isinstance(layer, SyncBatchNorm))
+    output = model(torch.full((2, 1, 2, 2), torch.nan))
+    assert output.isnan().all()
+    assert layer.running_mean.isfinite().all() == norm.skip_nonfinite
+
+
 @pytest.mark.parametrize("factory", sorted(DATASET_BUILDERS))
 def test_a_dataset_has_as_many_training_samples_as_the_catalog_says(factory):
     spec = DatasetSpec(factory=factory)

@@ -1,0 +1,146 @@
+// The whole layer of a rank without peers in one call, differentiation included: what Python costs between the passes
+// is more than the passes themselves take on a small batch.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace syncbn {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Tensor moments(const Tensor& x, const OptionalTensor& mask) {
+  static const auto op = find<Tensor(const Tensor&, const OptionalTensor&)>("syncbn_native::moments");
+  return op.call(x, mask);
+}
+
+Tensor finalize(const Tensor& payload, double eps, const OptionalTensor& mean, const OptionalTensor& var,
+                const OptionalTensor& num_batches, std::optional<double> momentum, const OptionalTensor& num_nonfinite) {
+  static const auto op =
+      find<Tensor(const Tensor&, double, OptionalTensor, OptionalTensor, OptionalTensor, std::optional<double>,
+                  OptionalTensor)>("syncbn_native::finalize");
+  return op.call(payload, eps, mean, var, num_batches, momentum, num_nonfinite);
+}
+
+Tensor normalize(const Tensor& x, const Tensor& statistics, const OptionalTensor& weight, const OptionalTensor& bias,
+                 const OptionalTensor& residual, const OptionalTensor& mask, int64_t activation, double slope) {
+  static const auto op =
+      find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, OptionalTensor,
+                  const OptionalTensor&, int64_t, double)>("syncbn_native::normalize");
+  return op.call(x, statistics, weight, bias, residual, mask, activation, slope);
+}
+
+using GradientSums = std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+
+GradientSums gradient_sums(const Tensor& dy, const Tensor& x, const Tensor& statistics, const OptionalTensor& weight,
+                           const OptionalTensor& bias, const OptionalTensor& y, const OptionalTensor& residual,
+                           const OptionalTensor& mask, int64_t activation, double slope) {
+  static const auto op =
+      find<GradientSums(Tensor, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                        OptionalTensor, OptionalTensor, const OptionalTensor&, int64_t, double)>(
+          "syncbn_native::gradient_sums");
+  return op.call(dy, x, statistics, weight, bias, y, residual, mask, activation, slope);
+}
+
+Tensor input_gradient(const Tensor& grad, const Tensor& x, const Tensor& statistics, const Tensor& sums,
+                      const OptionalTensor& weight, const OptionalTensor& mask) {
+  static const auto op = find<Tensor(Tensor, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                     const OptionalTensor&)>("syncbn_native::input_gradient");
+  return op.call(grad, x, statistics, sums, weight, mask);
+}
+
+// The same gradients in operations that autograd can differentiate; syncbn/operators.py defines it.
+variable_list differentiable_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
+                                      const OptionalTensor& bias, const OptionalTensor& residual,
+                                      const OptionalTensor& y, const OptionalTensor& mask, const Tensor& statistics,
+                                      int64_t activation, double slope, double eps) {
+  static const auto op = find<variable_list(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                            const Tensor&, int64_t, double, double)>("syncbn::differentiable_backward");
+  return op.call(dy, x, weight, bias, residual, y, mask, statistics, activation, slope, eps);
+}
+
+constexpr int64_t kSilu = 3;  // of kernels.h
+
+OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+Tensor undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
+
+class Alone : public torch::autograd::Function<Alone> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& residual, const OptionalTensor& running_mean,
+                        const OptionalTensor& running_var, const OptionalTensor& num_batches,
+                        const OptionalTensor& num_nonfinite, std::optional<double> momentum, double eps,
+                        int64_t activation, double slope) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const Tensor payload = moments(x, std::nullopt);
+    const Tensor statistics = finalize(payload, eps, running_mean, running_var, num_batches, momentum, num_nonfinite);
+    const Tensor y = normalize(x, statistics, weight, bias, residual, std::nullopt, activation, slope);
+    const bool saves_residual = activation == kSilu, saves_output = activation != 0 && !saves_residual;
+    ctx->save_for_backward({x, undefined(weight), undefined(bias), saves_residual ? undefined(residual) : Tensor(),
+                            saves_output ? y : Tensor(), statistics});
+    ctx->saved_data["options"] = std::make_tuple(activation, slope, eps, residual.has_value());
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list dy) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &statistics = saved[5];
+    const OptionalTensor weight = optional(saved[1]), bias = optional(saved[2]), residual = optional(saved[3]),
+                         y = optional(saved[4]);
+    const auto [activation, slope, eps, has_residual] =
+        ctx->saved_data["options"].to<std::tuple<int64_t, double, double, bool>>();
+    // Autograd counts the tensors among the arguments, leaving out those that were not given.
+    size_t next = 1;
+    const bool needs_input = ctx->needs_input_grad(0), needs_weight = weight && ctx->needs_input_grad(next++),
+               needs_bias = bias && ctx->needs_input_grad(next++), needs_residual = has_residual && ctx->needs_input_grad(next);
+    variable_list gradients;
+    if (at::GradMode::is_enabled()) {  // create_graph=True
+      gradients = differentiable_backward(dy[0], x, weight, bias, residual, y, std::nullopt, statistics, activation,
+                                          slope, eps);
+    } else {
+      auto [sums, grad, grad_weight, grad_bias] =
+          gradient_sums(dy[0], x, statistics, weight, bias, y, residual, std::nullopt, activation, slope);
+      const Tensor g = grad.value_or(dy[0]);
+      gradients = {needs_input ? input_gradient(g, x, statistics, sums, weight, std::nullopt) : Tensor(),
+                   undefined(grad_weight), undefined(grad_bias), g};
+    }
+    return {needs_input ? gradients[0] : Tensor(), needs_weight ? gradients[1] : Tensor(),
+            needs_bias ? gradients[2] : Tensor(), needs_residual ? gradients[3] : Tensor(),
+            Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor alone(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+             const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches,
+             const OptionalTensor& num_nonfinite, std::optional<double> momentum, double eps, int64_t activation,
+             double slope) {
+  return Alone::apply(x, weight, bias, residual, running_mean, running_var, num_batches, num_nonfinite, momentum, eps,
+                      activation, slope);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(syncbn_native, m) {
+  m.def(
+      "alone(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches, Tensor(d!)? num_nonfinite, float? momentum, float eps, "
+      "int activation, float negative_slope) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(syncbn_native, CompositeImplicitAutograd, m) { m.impl("alone", alone); }
+
+}  // namespace syncbn

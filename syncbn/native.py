@@ -2,10 +2,11 @@
 
 import functools
 import logging
-import os
 from pathlib import Path
 
 import torch
+
+from syncbn import settings
 
 PATH = Path(__file__).with_name("_native.so")
 REBUILD = "in the source directory: pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -22,7 +23,7 @@ def available() -> bool:
     Returns:
         Whether the operators of `torch.ops.syncbn_native` are there.
     """
-    if os.environ.get("SYNCBN_NATIVE", "1") == "0":
+    if not settings.native():
         _logger.info("CPU kernels: torch operations, since SYNCBN_NATIVE=0 turns the native ones off")
         return False
     obstacle = _obstacle()

@@ -13,7 +13,7 @@ from typing import Literal, Self
 
 import torch
 
-from syncbn import native
+from syncbn import native, settings
 
 if sys.platform == "linux":
     import fcntl
@@ -172,7 +172,7 @@ _OUTCOMES: dict[int, Literal["diverged", "not_all_came", "refused"]] = {
 
 
 def _own_obstacle() -> Obstacle:
-    if os.environ.get("SYNCBN_SHARED_MEMORY", "1") == "0":
+    if not settings.shared_memory():
         return Obstacle.SWITCHED_OFF
     if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
         return Obstacle.NO_KERNEL_SUPPORT

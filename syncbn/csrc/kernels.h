@@ -83,9 +83,10 @@ struct InputGradient {
   const void *pivot, *grad_scale, *scale, *shift;
 };
 
-// The passes for one element type. Sums are (C,) and start as zeros; a pass sets those of its part's channels.
+// The passes for one element type. Sums are (C,) and start as zeros; a pass sets those of its part's channels. `spare`
+// is (C,) as well.
 struct Passes {
-  void (*moments)(const Batch&, const Stream& x, Part, double* sum, double* sum_of_squares, double* spare);  // spare: (C,)
+  void (*moments)(const Batch&, const Stream& x, Part, double* sum, double* sum_of_squares, double* spare);
   void (*normalize)(const Batch&, const Normalize&, Range);
   void (*gradient_sums)(const Batch&, const GradientSums&, Part, double* sum, double* sum_of_products);
   void (*input_gradient)(const Batch&, const InputGradient&, Range);

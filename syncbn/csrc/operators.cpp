@@ -530,8 +530,8 @@ Tensor input_gradient(Tensor grad, const Tensor& x, const Tensor& statistics, co
   const Batch batch = layout.batch(mask);
   Channels gamma("weight", weight, batch.c, 1);
   with_coefficients(x, 4 * batch.c, [&](auto* coefficients) {
-    form_input_gradient(statistics_of("statistics", statistics, 2 * batch.c + 1), statistics_of("sums", sums, 2 * batch.c),
-                        batch.c, gamma, coefficients);
+    form_input_gradient(statistics_of("statistics", statistics, 2 * batch.c + 1),
+                        statistics_of("sums", sums, 2 * batch.c), batch.c, gamma, coefficients);
     arguments.pivot = coefficients;
     arguments.scale = coefficients + batch.c;
     arguments.shift = coefficients + 2 * batch.c;
@@ -556,7 +556,9 @@ TORCH_LIBRARY(syncbn_native, m) {
   m.def(
       "gradient_sums(Tensor dy, Tensor x, Tensor statistics, Tensor? weight, Tensor? bias, Tensor? y, "
       "Tensor? residual, Tensor? mask, int activation, float negative_slope) -> (Tensor, Tensor?, Tensor?, Tensor?)");
-  m.def("input_gradient(Tensor grad, Tensor x, Tensor statistics, Tensor sums, Tensor? weight, Tensor? mask) -> Tensor");
+  m.def(
+      "input_gradient(Tensor grad, Tensor x, Tensor statistics, Tensor sums, Tensor? weight, Tensor? mask) "
+      "-> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(syncbn_native, CPU, m) {

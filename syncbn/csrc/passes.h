@@ -1,5 +1,5 @@
-// The passes over a batch. Included by one translation unit per instruction set, which has defined SYNCBN_VECTOR_BYTES and
-// SYNCBN_KERNELS, the name of its table.
+// The passes over a batch. Included by one translation unit per instruction set, which has defined
+// SYNCBN_VECTOR_BYTES and SYNCBN_KERNELS, the name of its table.
 //
 // A vector holds consecutive positions of one channel in planes, and consecutive channels of one position in rows.
 #pragma once
@@ -100,9 +100,9 @@ struct Tile {
   int64_t c, channels, n, planes, s, positions;
 };
 
-// Channels of a block, at most. Short planes are walked in the order of memory, one sample's planes of a block after the
-// other: a walk through the samples of one channel would leap by the same stride each time, into the same few lines of
-// the cache.
+// Channels of a block, at most. Short planes are walked in the order of memory, one sample's planes of a block after
+// the other: a walk through the samples of one channel would leap by the same stride each time, into the same few lines
+// of the cache.
 constexpr int kChannels = 32;
 
 // Calls begin(c, channels) for the blocks of channels of a part, f(tile) for the tiles of each, and end(c, channels).
@@ -138,9 +138,9 @@ SYNCBN_INLINE int64_t rows_per_tile(int64_t channels) {
   return rows < 32 ? 32 : rows;
 }
 
-// Rows that an element-wise pass does at once, block of channels by block. One block: as many as share its coefficients.
-// A few blocks: a row at a time, for memory is fastest in its own order, and the L1 cache holds the coefficients. Many:
-// it no longer does, so that loading coefficients less often is worth more.
+// Rows that an element-wise pass does at once, block of channels by block. One block: as many as share its
+// coefficients. A few blocks: a row at a time, for memory is fastest in its own order, and the L1 cache holds the
+// coefficients. Many: it no longer does, so that loading coefficients less often is worth more.
 constexpr int64_t kManyRows = 16;
 template <class A>
 SYNCBN_INLINE int64_t rows_at_once(int64_t channels) {
@@ -217,7 +217,8 @@ struct Centered {
 };
 
 template <class T, bool kMasked>
-void plane_moments(const Batch& batch, const Stream& x, const Part& part, double* sum, double* sum_of_squares, double*) {
+void plane_moments(const Batch& batch, const Stream& x, const Part& part, double* sum, double* sum_of_squares,
+                   double*) {
   using A = ComputeType<T>;
   Centered<double> totals[kChannels];
   for_plane_tiles(
@@ -444,12 +445,14 @@ struct Affine {
 
   template <class Arguments>
   static SYNCBN_INLINE Affine broadcast(const Arguments& arguments, int64_t c) {
-    return {::broadcast(static_cast<const A*>(arguments.pivot)[c]), ::broadcast(static_cast<const A*>(arguments.scale)[c]),
+    return {::broadcast(static_cast<const A*>(arguments.pivot)[c]),
+            ::broadcast(static_cast<const A*>(arguments.scale)[c]),
             ::broadcast(static_cast<const A*>(arguments.shift)[c])};
   }
   template <class Arguments, class L>
   static SYNCBN_INLINE Affine load(const Arguments& arguments, int64_t c, L lanes) {
-    return {::load(static_cast<const A*>(arguments.pivot) + c, lanes), ::load(static_cast<const A*>(arguments.scale) + c, lanes),
+    return {::load(static_cast<const A*>(arguments.pivot) + c, lanes),
+            ::load(static_cast<const A*>(arguments.scale) + c, lanes),
             ::load(static_cast<const A*>(arguments.shift) + c, lanes)};
   }
 };
@@ -562,7 +565,8 @@ struct InputGradientOp {
   }
   template <class L>
   SYNCBN_INLINE Real<A> operator()(const Coefficients& k, const Place& place, int64_t i, L lanes) const {
-    return load(place.grad + i, lanes) * k.grad_scale + ((load(place.x + i, lanes) - k.x.pivot) * k.x.scale + k.x.shift);
+    const Real<A> from_x = (load(place.x + i, lanes) - k.x.pivot) * k.x.scale + k.x.shift;
+    return load(place.grad + i, lanes) * k.grad_scale + from_x;
   }
 };
 
@@ -587,7 +591,8 @@ struct Gradient {
   }
   // g, and x − pivot in `centered`.
   template <class L>
-  SYNCBN_INLINE Real<A> operator()(const Affine<A>& k, const Place& place, int64_t i, L lanes, Real<A>& centered) const {
+  SYNCBN_INLINE Real<A> operator()(const Affine<A>& k, const Place& place, int64_t i, L lanes,
+                                   Real<A>& centered) const {
     const Real<A> dy = load(place.dy + i, lanes);
     centered = load(place.x + i, lanes) - k.pivot;
     Real<A> output{};

@@ -106,11 +106,11 @@ SYNCBN_INLINE U load_lanes(const E* p, First lanes) {
   }
 #elif defined(SYNCBN_AVX2)
   if constexpr (sizeof(E) == 8) {
-    return bit_cast<U>(
-        _mm256_maskload_epi64(reinterpret_cast<const long long*>(p), bit_cast<__m256i>(lanes_before<double>(lanes.count))));
+    const auto meant = bit_cast<__m256i>(lanes_before<double>(lanes.count));
+    return bit_cast<U>(_mm256_maskload_epi64(reinterpret_cast<const long long*>(p), meant));
   } else if constexpr (sizeof(E) == 4) {
-    return bit_cast<U>(
-        _mm256_maskload_epi32(reinterpret_cast<const int*>(p), bit_cast<__m256i>(lanes_before<float>(lanes.count))));
+    const auto meant = bit_cast<__m256i>(lanes_before<float>(lanes.count));
+    return bit_cast<U>(_mm256_maskload_epi32(reinterpret_cast<const int*>(p), meant));
   }
 #endif
   E values[sizeof(U) / sizeof(E)] = {};
@@ -212,12 +212,16 @@ SYNCBN_INLINE void store(BFloat16* p, Real<float> value, L lanes) {
   const Nat<float> nan = Nat<float>{} + 0x7fc0u;  // the carry of a NaN could end as an Inf
   store_lanes(&p->bits, __builtin_convertvector(value == value ? rounded : nan, Vectors<float>::Short), lanes);
 }
+#if defined(SYNCBN_AVX512) || defined(SYNCBN_AVX2)
+constexpr int kToNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#endif
+
 template <class L>
 SYNCBN_INLINE void store(Float16* p, Real<float> value, L lanes) {
 #if defined(SYNCBN_AVX512)
-  const auto shorts = bit_cast<Vectors<float>::Short>(_mm512_cvtps_ph(bit_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const auto shorts = bit_cast<Vectors<float>::Short>(_mm512_cvtps_ph(bit_cast<__m512>(value), kToNearest));
 #elif defined(SYNCBN_AVX2)
-  const auto shorts = bit_cast<Vectors<float>::Short>(_mm256_cvtps_ph(bit_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const auto shorts = bit_cast<Vectors<float>::Short>(_mm256_cvtps_ph(bit_cast<__m256>(value), kToNearest));
 #else
   const auto shorts = __builtin_convertvector(to_half(value), Vectors<float>::Short);
 #endif

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from syncbn import Renormalization, SyncBatchNorm, new_sync_group
+from syncbn import DeferredStatistics, Renormalization, SyncBatchNorm, convert_sync_batchnorm, new_sync_group
+from syncbn.errors import SingleValueError
 from tests.integration.syncbn.whole_batch import draw
 from tests.ranks import run_ranks
 
@@ -230,3 +231,33 @@ def _on_an_empty_rank(rank, batch):
 
 def test_on_ranks_of_which_one_is_empty():
     assert run_ranks(2, _on_an_empty_rank, images(3, 0), timeout_s=90) == [True, True]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo's own look at a block's input
+def test_blocks_of_one_kind_share_one_graph_whatever_their_names():
+    model = convert_sync_batchnorm(
+        nn.Sequential(*(nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS)) for _ in range(10)))
+    )
+    assert len({layer.name for layer in model.modules() if isinstance(layer, SyncBatchNorm)}) == 10
+    for block in model:
+        block.compile(fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, CHANNELS, 3, 3)
+    for _ in range(6):  # a new object on the layers each time, as short-lived as the step
+        with DeferredStatistics(model) as deferred:
+            model(x).sum().backward()
+            deferred.commit()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # one is specialized to the first block's input
+    layer = model[0][1]
+    assert layer.num_batches_tracked == 6
+
+
+def _wrong_in_a_graph(rank):
+    layer = convert_sync_batchnorm(nn.ModuleDict({"head": nn.BatchNorm1d(CHANNELS)}))["head"]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with pytest.raises(SingleValueError, match="head: batch statistics need more than one value"):
+        compiled(torch.randn(1 if rank == 0 else 0, CHANNELS))
+    return True
+
+
+def test_errors_from_inside_a_graph_name_the_layer():
+    assert run_ranks(2, _wrong_in_a_graph) == [True, True]

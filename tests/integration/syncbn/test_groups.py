@@ -220,3 +220,17 @@ def _copies(rank):
 
 def test_copies_share_the_group_and_pickles_drop_it():
     assert run_ranks(4, _copies) == [True] * 4
+
+
+def _part_of_the_world(rank):
+    part = dist.new_group([0, 1])
+    if rank < 2:
+        new_sync_group(1, process_group=part)
+    everyone = dist.new_group([0, 1, 2])  # ranks that took no part in the above agree on what this one is
+    total = torch.ones(1)
+    dist.all_reduce(total, group=everyone)
+    return total.item()
+
+
+def test_groups_of_a_part_of_the_world_do_not_disturb_the_rest():
+    assert run_ranks(3, _part_of_the_world, timeout_s=10) == [3.0] * 3

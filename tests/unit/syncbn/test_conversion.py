@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from syncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn import DeferredStatistics, SyncBatchNorm, convert_sync_batchnorm, monitor, revert_sync_batchnorm
 from syncbn.errors import ArgumentError, ConversionError
 from syncbn.freezing import freeze
 from syncbn.renormalization import Renormalization
@@ -403,3 +403,18 @@ def test_reverting_forgets_that_a_layer_was_frozen():
     assert not net[0].training
     assert not net[0].weight.requires_grad
     assert net.train()[0].training
+
+
+def test_a_watched_layer_is_not_reverted():
+    layer = convert_sync_batchnorm(nn.BatchNorm1d(3))
+    with DeferredStatistics(layer), pytest.raises(ConversionError, match=r"close\(\)"):
+        revert_sync_batchnorm(layer)
+    with monitor(layer), pytest.raises(ConversionError, match=r"close\(\)"):
+        revert_sync_batchnorm(layer)
+    assert type(revert_sync_batchnorm(layer)) is nn.BatchNorm1d
+
+
+def test_a_sync_batch_norm_of_torch_is_not_given_a_group_that_it_does_not_know():
+    layer = convert_sync_batchnorm(nn.SyncBatchNorm(3), "local")
+    with pytest.raises(ConversionError, match="local"):
+        revert_sync_batchnorm(layer)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from syncbn import SyncBatchNorm
+from syncbn import DeferredStatistics, SyncBatchNorm, monitor
 from syncbn.errors import ArgumentError, SingleValueError
 
 PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -227,3 +227,39 @@ def test_the_constructor_names_a_bad_argument(kwargs, named):
 def test_shapes_can_be_followed_without_data():
     layer = SyncBatchNorm(5, device="meta")
     assert layer(torch.empty(4, 5, 3, 3, device="meta")).shape == (4, 5, 3, 3)
+
+
+def test_a_reset_takes_the_counter_of_nonfinite_batches_along():
+    layer = SyncBatchNorm(3, skip_nonfinite=True, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    assert layer.num_nonfinite_batches == 0
+    layer(torch.full((2, 3), torch.nan))
+    assert layer.num_nonfinite_batches == 1
+    layer.reset_running_stats()
+    assert layer.num_nonfinite_batches == 0
+
+
+def test_a_shallow_copy_shares_parameters_but_not_what_watches_the_layer():
+    layer = SyncBatchNorm(3, process_group="local")
+    with monitor(layer), DeferredStatistics(layer):
+        clone = copy.copy(layer)
+        assert clone.weight is layer.weight
+        assert clone.process_group == "local"
+        clone(torch.randn(2, 3))
+    assert layer.num_batches_tracked == 1  # the buffer is shared, and the clone folds in at once
+    assert clone._collector is None
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"skip_nonfinite": True, "track_running_stats": False}, "skip_nonfinite: protects the running statistics"),
+        ({"renormalization": (3, 5)}, r"renormalization: expected None or Renormalization\(r_max, d_max\)"),
+        ({"activation": "gelu"}, "activation: expected None, 'relu'"),
+        ({"activation": "leaky_relu", "negative_slope": -0.1}, "negative_slope"),
+    ],
+    ids=str,
+)
+def test_the_constructor_refuses_options_that_do_not_fit(kwargs, message):
+    with pytest.raises(ArgumentError, match=message):
+        SyncBatchNorm(3, **kwargs)

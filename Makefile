@@ -45,4 +45,4 @@ bench: $(STAMP)  ## Run the benchmarks; results go to benchmarks/results/
 	$(BIN)/python -m benchmarks.run_all
 
 clean:  ## Remove what the commands above made
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .demo
+	rm -rf $(VENV) build dist *.egg-info syncbn/_native.so .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .demo

@@ -181,7 +181,9 @@ def main() -> None:
             *(
                 times_table(
                     [row for row in rows if row.num_threads == num_threads],
-                    with_targets=num_threads == 1 and dtype == torch.float32,
+                    with_targets=num_threads == 1
+                    and dtype == torch.float32
+                    and not arguments.quick,  # its shapes are tiny
                 )
                 for num_threads in threads
             ),

@@ -25,12 +25,17 @@ def check_input(input: torch.Tensor, residual: torch.Tensor | None) -> None:
             f"input: device {input.device} has no float64, which the batch statistics are reduced in; move the layer "
             "and its input to cpu or cuda"
         )
-    if residual is not None and (
-        residual.shape != input.shape or residual.dtype != input.dtype or residual.device != input.device
-    ):
+    if residual is None:
+        return
+    if residual.shape != input.shape:
         raise ArgumentError(
-            f"residual: expected the input's shape {tuple(input.shape)}, {input.dtype} and {input.device}, got "
-            f"{tuple(residual.shape)}, {residual.dtype} and {residual.device}; convert it (residual.to(input))"
+            f"residual: expected the input's shape {tuple(input.shape)}, got {tuple(residual.shape)}; a projection has "
+            "to bring it to the same channels and positions"
+        )
+    if residual.dtype != input.dtype or residual.device != input.device:
+        raise ArgumentError(
+            f"residual: expected the input's {input.dtype} and {input.device}, got {residual.dtype} and "
+            f"{residual.device}; convert it (residual.to(input))"
         )
 
 

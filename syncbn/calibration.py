@@ -58,7 +58,7 @@ def recalibrate(
     collective per batch. Where none does, each rank runs what it has. Batch sizes may differ either way.
 
     Args:
-        module: The model, without a DistributedDataParallel around it.
+        module: The model.
         batches: This rank's data, on the model's device.
         process_group: The ranks to pool over, at least those that layers synchronize over; None for the default
             group, "local" for this rank alone.

@@ -81,6 +81,9 @@ def all_reduce_sum(payload: torch.Tensor, group: ProcessGroup | None, label: str
                 return
         if settings.debug():
             _compare_labels(payload, group, peers, label)
+        # Held until the next one: a worker thread of gloo that outlived all other references would free the tensor's
+        # Python object, for which it needs the interpreter, which at the process's end is gone.
+        peers.reduced_last = payload
         dist.all_reduce(payload, op=dist.ReduceOp.SUM, group=group)
     except CollectiveError:
         raise
@@ -117,6 +120,7 @@ class _Peers:
         self.world = weakref.ref(dist.group.WORLD)
         self.exchange: SharedMemoryExchange | None = None
         self.has_decided = False
+        self.reduced_last: torch.Tensor | None = None
         self.deciding = threading.Lock()
 
 
@@ -249,7 +253,10 @@ def _error(failure: Failure, peers: _Peers, label: str, num_values: int) -> Coll
         return _divergence([meetings[rank] for rank in range(len(peers.ranks))], peers)
     what = []
     if failure.outcome == "refused":
-        what.append("the ranks gave up an earlier meeting, and the group is of no use any more")
+        what.append(
+            "an earlier exchange failed, after which none works on this group (restart, or give the layers a group "
+            "from syncbn.new_sync_group)"
+        )
     if gone:
         what.append(f"{_names(peers, gone)} ended or left the group")
     if late:

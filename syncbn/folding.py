@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from syncbn.errors import ConversionError
@@ -64,6 +65,8 @@ class _Tracer(fx.Tracer):
 
 
 def _find(module: nn.Module) -> Iterator[tuple[LinearMap, _BatchNorm]]:
+    if isinstance(module, DistributedDataParallel):
+        raise ConversionError("module: is a DistributedDataParallel; fold the model inside it (module.module)")
     try:
         nodes = list(_Tracer().trace(module).nodes)
     except Exception as error:  # whatever the model's own code does when it meets a proxy

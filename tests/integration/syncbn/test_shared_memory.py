@@ -379,12 +379,12 @@ def test_who_does_not_come_in_the_group_s_time_is_named_and_later_refused():
         assert f"the all-reduce of {LABEL} failed on rank {rank} of 3 (shared memory, 7 values)" in text
         assert "rank 1 did not come in time" in text
         assert 0.9 < elapsed_s < 5
-        assert "gave up an earlier meeting" in again
+        assert "an earlier exchange failed" in again
         assert "rank 1 did not come" in again
         assert again_s < 0.5
     ((late, _),) = results[1]
     assert "the all-reduce of a layer further on failed on rank 1" in late
-    assert "gave up an earlier meeting" in late
+    assert "an earlier exchange failed" in late
     assert LABEL in late
 
 
@@ -487,7 +487,7 @@ def test_a_stopped_rank_ends_the_wait_at_the_group_s_timeout(tmp_path):
         assert 1.9 < elapsed_s < 5
         os.kill(ranks[1].process.pid, signal.SIGCONT)
         text, elapsed_s, _ = ranks[1].receive()
-        assert "gave up an earlier meeting" in text
+        assert "an earlier exchange failed" in text
         assert elapsed_s < 1
 
 

@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # The C++ library alone, where only its sources are newer; what checks code needs no library.
 $(NATIVE): setup.py $(wildcard syncbn/csrc/*) | $(STAMP)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	test -f syncbn/_native.so -a -z "$$(find setup.py syncbn/csrc -newer syncbn/_native.so)" || $(BIN)/python setup.py --quiet build_ext --inplace
 	@$(BIN)/python -c 'import logging; logging.basicConfig(level=logging.INFO, format="%(message)s"); from syncbn import native; native.available()'
 	@touch $(NATIVE)
 

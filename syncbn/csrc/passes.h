@@ -26,8 +26,9 @@ constexpr int kRun = 16;
 // How far ahead of a reduction over planes memory is asked for, in elements.
 constexpr int64_t kPlanesAhead = 512;
 
-// Vectors of channels whose coefficients a loop over rows keeps in registers; AVX-512 has twice the registers.
-constexpr int kBlock = SYNCBN_VECTOR_BYTES == 64 ? 4 : 2;
+// Vectors of channels that a loop over rows keeps in registers: two lines of the cache with AVX2, since rows are read
+// from memory at leaps.
+constexpr int kBlock = 4;
 
 SYNCBN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -69,13 +70,45 @@ SYNCBN_INLINE void for_vectors(int64_t length, F f) {
   if (i < length) f(i, First{static_cast<int>(length - i)}, Slot<3>{});
 }
 
+// The same for what may be computed twice: f(offset, lanes, slot, fresh), of so many slots. Where a span ends, the last
+// whole vector is computed again in part, for storing a part of a vector is slow on some processors; `fresh` are the
+// lanes that are new.
+template <class A, int kNumSlots, class F>
+SYNCBN_INLINE void for_overlapping_vectors(int64_t length, F f) {
+  static_assert(kNumSlots == 1 || kNumSlots == kSlots);
+  constexpr int width = kWidth<A>;
+  int64_t i = 0;
+  if constexpr (kNumSlots == kSlots) {
+    for (; i + kSlots * width <= length; i += kSlots * width) {
+      f(i, All{}, Slot<0>{}, All{});
+      f(i + width, All{}, Slot<1>{}, All{});
+      f(i + 2 * width, All{}, Slot<2>{}, All{});
+      f(i + 3 * width, All{}, Slot<3>{}, All{});
+    }
+  }
+  for (; i + width <= length; i += width) f(i, All{}, Slot<0>{}, All{});
+  if (i == length) return;
+  if (length < width) {
+    f(0, First{static_cast<int>(length)}, Slot<0>{}, All{});
+  } else {
+    f(length - width, All{}, Slot<kNumSlots - 1>{}, Last{static_cast<int>(length - i)});
+  }
+}
+
 // Calls f(channel, lanes, Slot<vectors>) for blocks of channels.
 template <class A, class F>
 SYNCBN_INLINE void for_channel_blocks(int64_t channels, F f) {
   constexpr int width = kWidth<A>;
   int64_t c = 0;
   for (; c + kBlock * width <= channels; c += kBlock * width) f(c, All{}, Slot<kBlock>{});
-  for (; c + width <= channels; c += width) f(c, All{}, Slot<1>{});
+  if (c + 2 * width <= channels) {
+    f(c, All{}, Slot<2>{});
+    c += 2 * width;
+  }
+  if (c + width <= channels) {
+    f(c, All{}, Slot<1>{});
+    c += width;
+  }
   if (c < channels) f(c, First{static_cast<int>(channels - c)}, Slot<1>{});
 }
 
@@ -100,18 +133,19 @@ struct Tile {
   int64_t c, channels, n, planes, s, positions;
 };
 
-// Channels of a block, at most. Short planes are walked in the order of memory, one sample's planes of a block after
-// the other: a walk through the samples of one channel would leap by the same stride each time, into the same few lines
-// of the cache.
-constexpr int kChannels = 32;
+// Planes from here on are worth a fold into float64 each.
+constexpr int64_t kLongPlane = 512;
 
-// Calls begin(c, channels) for the blocks of channels of a part, f(tile) for the tiles of each, and end(c, channels).
+// Channels whose sums are kept side by side, at most. Short planes are walked in the order of memory, one sample's
+// planes of a block of channels after the other: a walk through the samples of one channel would leap by the same
+// stride each time, into the same few lines of the cache.
+constexpr int kChannels = 64;
+
+// Calls begin(c, channels) for blocks of `block` channels of a part, f(tile) for the tiles of each, and
+// end(c, channels).
 template <class Begin, class F, class End>
-SYNCBN_INLINE void for_plane_tiles(const Batch& batch, const Part& part, Begin begin, F f, End end) {
+SYNCBN_INLINE void for_plane_tiles(const Batch& batch, const Part& part, int64_t block, Begin begin, F f, End end) {
   const syncbn::Tiling tiling = syncbn::planes_tiling(batch);
-  const int64_t elements = tiling.planes * tiling.chunk;
-  const int64_t fit = 4 * syncbn::kTileElements / elements;
-  const int64_t block = batch.s >= 512 || fit < 1 ? 1 : smaller(fit, kChannels);
   for (int64_t c = part.channel_begin; c < part.channel_end; c += block) {
     const int64_t channels = smaller(block, part.channel_end - c);
     begin(c, channels);
@@ -138,14 +172,31 @@ SYNCBN_INLINE int64_t rows_per_tile(int64_t channels) {
   return rows < 32 ? 32 : rows;
 }
 
-// Rows that an element-wise pass does at once, block of channels by block. One block: as many as share its
-// coefficients. A few blocks: a row at a time, for memory is fastest in its own order, and the L1 cache holds the
-// coefficients. Many: it no longer does, so that loading coefficients less often is worth more.
-constexpr int64_t kManyRows = 16;
-template <class A>
-SYNCBN_INLINE int64_t rows_at_once(int64_t channels) {
-  if (channels <= kBlock * kWidth<A>) return 64;
-  return channels * static_cast<int64_t>(sizeof(A)) <= 4096 ? 1 : kManyRows;
+// Rows that a pass takes side by side, which loads what belongs to a channel once for all of them. Memory is fastest in
+// its own order, a row at a time; but few vectors are a row of their own, and rows of a page and more are streams that
+// the processor follows side by side.
+constexpr int kBand = 4;
+template <class T>
+SYNCBN_INLINE bool in_bands(int64_t channels) {
+  const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
+  return bytes <= 256 || bytes >= 4096;
+}
+
+// Calls f(row, Slot<rows>) for the rows [begin, end) of a sample, in bands or one by one, and skip(row) for those that its
+// mask leaves out.
+template <class F, class Skip>
+SYNCBN_INLINE void for_bands(int64_t begin, int64_t end, bool bands, const uint8_t* mask, F f, Skip skip) {
+  int64_t r = begin;
+  if (bands && !mask) {
+    for (; r + kBand <= end; r += kBand) f(r, Slot<kBand>{});
+  }
+  for (; r < end; ++r) {
+    if (mask && !mask[r]) {
+      skip(r);
+    } else {
+      f(r, Slot<1>{});
+    }
+  }
 }
 
 template <class T>
@@ -216,13 +267,20 @@ struct Centered {
   SYNCBN_INLINE D sum_of_squares() const { return d2 + pivot * (sum() + d); }
 };
 
+// Channels of a block: as many as leave its tile in the L2 cache between the two passes over it.
+SYNCBN_INLINE int64_t moments_block(const Batch& batch) {
+  const syncbn::Tiling tiling = syncbn::planes_tiling(batch);
+  const int64_t fit = 4 * syncbn::kTileElements / (smaller(tiling.planes, batch.n) * tiling.chunk);
+  return batch.s >= kLongPlane || fit < 1 ? 1 : smaller(fit, kChannels);
+}
+
 template <class T, bool kMasked>
 void plane_moments(const Batch& batch, const Stream& x, const Part& part, double* sum, double* sum_of_squares,
                    double*) {
   using A = ComputeType<T>;
   Centered<double> totals[kChannels];
   for_plane_tiles(
-      batch, part,
+      batch, part, moments_block(batch),
       [&](int64_t, int64_t channels) __attribute__((always_inline)) {
         for (int64_t k = 0; k < channels; ++k) totals[k] = {};
       },
@@ -377,10 +435,10 @@ void moments(const Batch& batch, const Stream& x, Part part, double* sum, double
   pass(batch, x, part, sum, sum_of_squares, spare);
 }
 
-// Element-wise passes. An Op gives the coefficients of channels, the places in memory, the value to store,
-// and asks for memory ahead.
+// Element-wise passes. An Op gives the coefficients of channels, the places of rows in memory, and the value to store.
+// It is taken by value: through a reference, each store would have everything loaded again that it might have changed.
 template <class Op>
-SYNCBN_INLINE void map_planes(const Batch& batch, const Op& op, Range range) {
+SYNCBN_INLINE void map_planes(const Batch& batch, const Op op, Range range) {
   using A = typename Op::A;
   const int64_t first = range.begin / batch.s;
   int64_t s = range.begin % batch.s, n = first / batch.c, c = first % batch.c;
@@ -389,14 +447,12 @@ SYNCBN_INLINE void map_planes(const Batch& batch, const Op& op, Range range) {
     const uint8_t* mask = batch.mask ? batch.mask + n * batch.s + s : nullptr;
     const auto coefficients = op.broadcast_coefficients(c);
     const auto place = op.place(n, c, s);
-    const auto vector = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      Real<A> value = op(coefficients, place, i, lanes);
-      if (mask) value = select<A>(load_mask<A>(mask + i, lanes), value, Real<A>{});
-      store(place.out + i, value, lanes);
-    };
-    int64_t i = 0;
-    for (; i + kWidth<A> <= positions; i += kWidth<A>) vector(i, All{});
-    if (i < positions) vector(i, First{static_cast<int>(positions - i)});
+    for_overlapping_vectors<A, 1>(
+        positions, [&](int64_t i, auto lanes, auto, auto) __attribute__((always_inline)) {
+          Real<A> value = op(coefficients, place, i, lanes);
+          if (mask) value = select<A>(load_mask<A>(mask + i, lanes), value, Real<A>{});
+          store(place.out + i, value, lanes);
+        });
     done += positions;
     s = 0;
     if (++c == batch.c) {
@@ -407,24 +463,24 @@ SYNCBN_INLINE void map_planes(const Batch& batch, const Op& op, Range range) {
 }
 
 template <class Op>
-SYNCBN_INLINE void map_rows(const Batch& batch, const Op& op, Range range) {
+SYNCBN_INLINE void map_rows(const Batch& batch, const Op op, Range range) {
   using A = typename Op::A;
-  const int64_t at_once = rows_at_once<A>(batch.c);
-  for_row_tiles(batch, range.begin, range.end, at_once, [&](int64_t n, int64_t s, int64_t rows) {
-    for_channel_blocks<A>(batch.c, [&](int64_t c, auto lanes, auto block) __attribute__((always_inline)) {
-      constexpr int vectors = block.value;
-      typename Op::Coefficients coefficients[vectors];
-      for (int v = 0; v < vectors; ++v) coefficients[v] = op.load_coefficients(c + v * kWidth<A>, lanes);
-      for (int64_t r = s; r < s + rows; ++r) {
-        const auto place = op.place(n, r, c);
-        const bool counted = !batch.mask || batch.mask[n * batch.s + r];
-        for (int v = 0; v < vectors; ++v) {
-          const Real<A> value = counted ? op(coefficients[v], place, v * kWidth<A>, lanes) : Real<A>{};
-          if (at_once == kManyRows) op.prefetch_at(place, (v + vectors) * kWidth<A>);
-          store(place.out + v * kWidth<A>, value, lanes);
-        }
-      }
-    });
+  const int64_t channels = batch.c;
+  const bool bands = in_bands<typename Op::T>(channels);
+  for_row_tiles(batch, range.begin, range.end, range.end, [&](int64_t n, int64_t s, int64_t rows) {
+    for_bands(
+        s, s + rows, bands, batch.mask ? batch.mask + n * batch.s : nullptr,
+        [&](int64_t r, auto height) __attribute__((always_inline)) {
+          typename Op::Place places[height.value];
+          for (int i = 0; i < height.value; ++i) places[i] = op.place(n, r + i, 0);
+          for_overlapping_vectors<A, 1>(channels, [&](int64_t c, auto lanes, auto, auto) __attribute__((always_inline)) {
+            const auto coefficients = op.load_coefficients(c, lanes);
+            for (int i = 0; i < height.value; ++i) {
+              store(places[i].out + c, op(coefficients, places[i], c, lanes), lanes);
+            }
+          });
+        },
+        [&](int64_t r) { memset(op.place(n, r, 0).out, 0, sizeof(typename Op::T) * channels); });
   });
 }
 
@@ -478,15 +534,16 @@ SYNCBN_INLINE Real<A> differentiate(Real<A> dy, Real<A> output, A negative_slope
   return dy;
 }
 
-template <class T, Activation kActivation, bool kResidual>
+template <class T_, Activation kActivation, bool kResidual>
 struct NormalizeOp {
+  using T = T_;
   using A = ComputeType<T>;
   using Coefficients = Affine<A>;
   struct Place {
     const T *x, *residual;
     T* out;
   };
-  const syncbn::Normalize& arguments;
+  const syncbn::Normalize arguments;
 
   SYNCBN_INLINE Coefficients broadcast_coefficients(int64_t c) const { return Affine<A>::broadcast(arguments, c); }
   template <class L>
@@ -497,11 +554,6 @@ struct NormalizeOp {
     return {at<const T>(arguments.x, outer, inner) + last,
             kResidual ? at<const T>(arguments.residual, outer, inner) + last : nullptr,
             at<T>(arguments.y, outer, inner) + last};
-  }
-  SYNCBN_INLINE void prefetch_at(const Place& place, int64_t i) const {
-    prefetch(place.x, i);
-    if constexpr (kResidual) prefetch(place.residual, i);
-    prefetch(place.out, i);
   }
   template <class L>
   SYNCBN_INLINE Real<A> operator()(const Coefficients& k, const Place& place, int64_t i, L lanes) const {
@@ -534,8 +586,9 @@ void normalize(const Batch& batch, const syncbn::Normalize& arguments, Range ran
   }
 }
 
-template <class T>
+template <class T_>
 struct InputGradientOp {
+  using T = T_;
   using A = ComputeType<T>;
   struct Coefficients {
     Affine<A> x;
@@ -545,7 +598,7 @@ struct InputGradientOp {
     const T *grad, *x;
     T* out;
   };
-  const syncbn::InputGradient& arguments;
+  const syncbn::InputGradient arguments;
 
   SYNCBN_INLINE Coefficients broadcast_coefficients(int64_t c) const {
     return {Affine<A>::broadcast(arguments, c), broadcast(static_cast<const A*>(arguments.grad_scale)[c])};
@@ -557,11 +610,6 @@ struct InputGradientOp {
   SYNCBN_INLINE Place place(int64_t outer, int64_t inner, int64_t last) const {
     return {at<const T>(arguments.grad, outer, inner) + last, at<const T>(arguments.x, outer, inner) + last,
             at<T>(arguments.dx, outer, inner) + last};
-  }
-  SYNCBN_INLINE void prefetch_at(const Place& place, int64_t i) const {
-    prefetch(place.grad, i);
-    prefetch(place.x, i);
-    prefetch(place.out, i);
   }
   template <class L>
   SYNCBN_INLINE Real<A> operator()(const Coefficients& k, const Place& place, int64_t i, L lanes) const {
@@ -582,8 +630,13 @@ struct Gradient {
     const T *dy, *x, *saved;
     T* grad;
   };
-  const syncbn::GradientSums& arguments;
+  const syncbn::GradientSums arguments;
 
+  SYNCBN_INLINE Affine<A> broadcast_coefficients(int64_t c) const { return Affine<A>::broadcast(arguments, c); }
+  template <class L>
+  SYNCBN_INLINE Affine<A> load_coefficients(int64_t c, L lanes) const {
+    return Affine<A>::load(arguments, c, lanes);
+  }
   SYNCBN_INLINE Place place(int64_t outer, int64_t inner, int64_t last) const {
     return {at<const T>(arguments.dy, outer, inner) + last, at<const T>(arguments.x, outer, inner) + last,
             arguments.saved.data ? at<const T>(arguments.saved, outer, inner) + last : nullptr,
@@ -610,95 +663,106 @@ template <class T, Activation kActivation, bool kMasked>
 void plane_gradient_sums(const Batch& batch, const syncbn::GradientSums& arguments, const Part& part, double* sum,
                          double* sum_of_products) {
   using A = ComputeType<T>;
-  constexpr bool writes = kMasked || kActivation != syncbn::kIdentity;
+  constexpr bool kWrites = kMasked || kActivation != syncbn::kIdentity;
   const Gradient<T, kActivation> gradient{arguments};
-  for_plane_tiles(
-      batch, part, [](int64_t, int64_t) {},
-      [&](const Tile& tile) __attribute__((always_inline)) {
-        Real<A> sums[kChannels], products[kChannels];
-        for (int64_t k = 0; k < tile.channels; ++k) sums[k] = products[k] = Real<A>{};
-        for_planes(tile, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-          const Affine<A> coefficients = Affine<A>::broadcast(arguments, tile.c + k);
-          const auto place = gradient.place(n, tile.c + k, tile.s);
-          const uint8_t* mask = batch.mask + n * batch.s + tile.s;
-          Real<A> slots[kSlots] = {}, product_slots[kSlots] = {};
-          for_vectors<A>(tile.positions, [&](int64_t i, auto lanes, auto slot) __attribute__((always_inline)) {
-            Real<A> centered;
-            Real<A> g = gradient(coefficients, place, i, lanes, centered);
-            if constexpr (kMasked) {
-              const Int<A> counted = load_mask<A>(mask + i, lanes);
-              g = select<A>(counted, g, Real<A>{});
-              centered = select<A>(counted, centered, Real<A>{});
-            }
-            prefetch(place.x + i, kPlanesAhead);
-            prefetch(place.dy + i, kPlanesAhead);
-            if constexpr (writes) {
-              prefetch(place.saved + i, kPlanesAhead);
-              prefetch(place.grad + i, kPlanesAhead);
-              store(place.grad + i, g, lanes);
-            }
-            slots[slot.value] += g;
-            product_slots[slot.value] += g * centered;
+  const auto add_plane = [&](int64_t n, int64_t c, const Tile& tile, Real<A>& total, Real<A>& total_of_products)
+                             __attribute__((always_inline)) {
+    const Affine<A> coefficients = gradient.broadcast_coefficients(c);
+    const auto place = gradient.place(n, c, tile.s);
+    const uint8_t* mask = batch.mask + n * batch.s + tile.s;
+    Real<A> slots[kSlots] = {}, product_slots[kSlots] = {};
+    for_overlapping_vectors<A, kSlots>(
+        tile.positions, [&](int64_t i, auto lanes, auto slot, auto fresh) __attribute__((always_inline)) {
+          Real<A> centered;
+          Real<A> g = gradient(coefficients, place, i, lanes, centered);
+          if constexpr (kMasked) {
+            const Int<A> counted = load_mask<A>(mask + i, lanes);
+            g = select<A>(counted, g, Real<A>{});
+            centered = select<A>(counted, centered, Real<A>{});
+          }
+          if constexpr (kWrites) store(place.grad + i, g, lanes);
+          slots[slot.value] += keep<A>(g, fresh);
+          product_slots[slot.value] += keep<A>(g * centered, fresh);
+        });
+    total += sum_slots<A>(slots);
+    total_of_products += sum_slots<A>(product_slots);
+  };
+  const bool many_chunks = syncbn::planes_tiling(batch).chunks > 1;
+  if (batch.s >= kLongPlane) {
+    for_plane_tiles(
+        batch, part, many_chunks ? 1 : batch.c, [](int64_t, int64_t) {},
+        [&](const Tile& tile) __attribute__((always_inline)) {
+          for_planes(tile, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+            Real<A> total{}, total_of_products{};
+            add_plane(n, tile.c + k, tile, total, total_of_products);
+            sum[tile.c + k] += sum_lanes(total);
+            sum_of_products[tile.c + k] += sum_lanes(total_of_products);
           });
-          sums[k] += sum_slots<A>(slots);
-          products[k] += sum_slots<A>(product_slots);
+        },
+        [](int64_t, int64_t) {});
+    return;
+  }
+  for_plane_tiles(
+      batch, part, kChannels, [](int64_t, int64_t) {},
+      [&](const Tile& tile) __attribute__((always_inline)) {
+        Real<A> totals[kChannels], totals_of_products[kChannels];
+        for (int64_t k = 0; k < tile.channels; ++k) totals[k] = totals_of_products[k] = Real<A>{};
+        for_planes(tile, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+          add_plane(n, tile.c + k, tile, totals[k], totals_of_products[k]);
         });
         for (int64_t k = 0; k < tile.channels; ++k) {
-          sum[tile.c + k] += sum_lanes(sums[k]);
-          sum_of_products[tile.c + k] += sum_lanes(products[k]);
+          sum[tile.c + k] += sum_lanes(totals[k]);
+          sum_of_products[tile.c + k] += sum_lanes(totals_of_products[k]);
         }
       },
       [](int64_t, int64_t) {});
 }
 
+// Channels whose sums a pass over rows keeps in the L1 cache.
+constexpr int64_t kSpan = 1024;
+
 template <class T, Activation kActivation>
 void row_gradient_sums(const Batch& batch, const syncbn::GradientSums& arguments, const Part& part, double* sum,
                        double* sum_of_products) {
   using A = ComputeType<T>;
-  constexpr int width = kWidth<A>;
+  constexpr bool kWrites = kActivation != syncbn::kIdentity;
   const Gradient<T, kActivation> gradient{arguments};
-  for_row_tiles(batch, part.begin, part.end, rows_per_tile(batch.c), [&](int64_t n, int64_t s, int64_t rows) {
+  const int64_t all_channels = batch.c;
+  const bool bands = in_bands<T>(all_channels);
+  for_row_tiles(batch, part.begin, part.end, rows_per_tile(all_channels), [&](int64_t n, int64_t s, int64_t rows) {
     const uint8_t* mask = batch.mask ? batch.mask + n * batch.s : nullptr;
-    for_channel_blocks<A>(batch.c, [&](int64_t c, auto lanes, auto block) __attribute__((always_inline)) {
-      constexpr int vectors = block.value;
-      constexpr int slots = kSlots / vectors;  // rows in flight
-      Affine<A> coefficients[vectors];
-      for (int v = 0; v < vectors; ++v) coefficients[v] = Affine<A>::load(arguments, c + v * width, lanes);
-      Real<A> sums[slots][vectors] = {}, products[slots][vectors] = {};
-      const auto row = [&](int64_t r, int slot) __attribute__((always_inline)) {
-        const auto place = gradient.place(n, r, c);
-        if (mask && !mask[r]) {
-          for (int v = 0; v < vectors; ++v) store(place.grad + v * width, Real<A>{}, lanes);
-          return;
-        }
-        for (int v = 0; v < vectors; ++v) {
-          Real<A> centered;
-          const Real<A> g = gradient(coefficients[v], place, v * width, lanes, centered);
-          if (kActivation != syncbn::kIdentity || mask) store(place.grad + v * width, g, lanes);
-          prefetch(place.x + v * width, vectors * width);
-          prefetch(place.dy + v * width, vectors * width);
-          sums[slot][v] += g;
-          products[slot][v] += g * centered;
-        }
-      };
-      int64_t r = s;
-      if constexpr (slots > 1) {
-        for (; r + slots <= s + rows; r += slots) {
-          for (int slot = 0; slot < slots; ++slot) row(r + slot, slot);
-        }
+    for (int64_t first = 0; first < all_channels; first += kSpan) {
+      const int64_t channels = smaller(all_channels - first, kSpan);
+      alignas(64) A totals[kSpan], totals_of_products[kSpan];
+      memset(totals, 0, sizeof(A) * channels);
+      memset(totals_of_products, 0, sizeof(A) * channels);
+      for_bands(
+          s, s + rows, bands, mask,
+          [&](int64_t r, auto height) __attribute__((always_inline)) {
+            typename Gradient<T, kActivation>::Place places[height.value];
+            for (int i = 0; i < height.value; ++i) places[i] = gradient.place(n, r + i, first);
+            for_overlapping_vectors<A, 1>(
+                channels, [&](int64_t c, auto lanes, auto, auto fresh) __attribute__((always_inline)) {
+                  const Affine<A> coefficients = gradient.load_coefficients(first + c, lanes);
+                  Real<A> total{}, total_of_products{};
+                  for (int i = 0; i < height.value; ++i) {
+                    Real<A> centered;
+                    const Real<A> g = gradient(coefficients, places[i], c, lanes, centered);
+                    if (kWrites || mask) store(places[i].grad + c, g, lanes);
+                    total += g;
+                    total_of_products += g * centered;
+                  }
+                  store(totals + c, load(totals + c, lanes) + keep<A>(total, fresh), lanes);
+                  store(totals_of_products + c, load(totals_of_products + c, lanes) + keep<A>(total_of_products, fresh),
+                        lanes);
+                });
+          },
+          [&](int64_t r) { memset(gradient.place(n, r, first).grad, 0, sizeof(T) * channels); });
+      for (int64_t c = 0; c < channels; ++c) {
+        sum[first + c] += static_cast<double>(totals[c]);
+        sum_of_products[first + c] += static_cast<double>(totals_of_products[c]);
       }
-      for (; r < s + rows; ++r) row(r, 0);
-      for (int v = 0; v < vectors; ++v) {
-        for (int slot = 1; slot < slots; ++slot) {
-          sums[0][v] += sums[slot][v];
-          products[0][v] += products[slot][v];
-        }
-        for_doubles<A>(lanes, [&](int offset, auto part_lanes, int half) __attribute__((always_inline)) {
-          add_to(sum + c + v * width + offset, doubles(sums[0][v], half), part_lanes);
-          add_to(sum_of_products + c + v * width + offset, doubles(products[0][v], half), part_lanes);
-        });
-      }
-    });
+    }
   });
 }
 

@@ -59,9 +59,12 @@ constexpr int kWidth = Vectors<A>::width;
 typedef double HalfOfDoubles __attribute__((vector_size(SYNCBN_VECTOR_BYTES)));  // the lower or upper lanes of floats
 typedef float HalfOfFloats __attribute__((vector_size(SYNCBN_VECTOR_BYTES / 2)));
 
-// How many lanes of a vector are meant: all of them, or the first few at the end of a span.
+// Which lanes of a vector are meant: all of them, the first few where a span ends, or the last few.
 struct All {};
 struct First {
+  int count;
+};
+struct Last {
   int count;
 };
 
@@ -248,6 +251,10 @@ SYNCBN_INLINE Real<A> keep(Real<A> value, All) {
 template <class A>
 SYNCBN_INLINE Real<A> keep(Real<A> value, First lanes) {
   return select<A>(lanes_before<A>(lanes.count), value, Real<A>{});
+}
+template <class A>
+SYNCBN_INLINE Real<A> keep(Real<A> value, Last lanes) {
+  return select<A>(lanes_before<A>(kWidth<A> - lanes.count), Real<A>{}, value);
 }
 
 SYNCBN_INLINE HalfOfDoubles widen(Real<float> value, int half) {

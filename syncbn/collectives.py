@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 import weakref
 import zlib
 from collections import defaultdict
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from syncbn import settings
 from syncbn.errors import ArgumentError, CollectiveError, DivergenceError
 from syncbn.groups import as_process_group
+from syncbn.kernels import Meetings
 from syncbn.shared_memory import LABEL_BYTES, Absent, Arrived, Failure, Obstacle, SharedMemoryExchange
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ def all_reduce_sum(payload: torch.Tensor, group: ProcessGroup | None, label: str
     try:
         if payload.is_cpu and payload.dtype is torch.float64:
             if not peers.has_decided:
-                _decide(group, peers)
+                _decide(group, peers, label)
             if peers.exchange is not None:
                 failure = peers.exchange.all_reduce_sum(payload, label)
                 if failure is not None:
@@ -92,6 +94,34 @@ def all_reduce_sum(payload: torch.Tensor, group: ProcessGroup | None, label: str
         raise CollectiveError(_message(peers, label, via, payload.numel(), f"{error}. {_USUAL_CAUSES}")) from error
 
 
+def meetings_in_shared_memory(group: ProcessGroup, forward: str, backward: str) -> Meetings | None:
+    """Where an operator can do what `all_reduce_sum` would for float64 payloads on the CPU; None where it cannot.
+
+    Every rank has to come to its next payload by this call or by `all_reduce_sum`.
+
+    Args:
+        group: What `resolve_group` returned.
+        forward: The label for `all_reduce_sum` in the forward.
+        backward: In the backward.
+
+    Raises:
+        CollectiveError: If the ranks could not agree how to reduce.
+    """
+    peers = _peers_of(group)
+    if not peers.has_decided:
+        _decide(group, peers, _fitting(forward))
+    handle = None if peers.exchange is None else peers.exchange.handle
+    return None if handle is None else Meetings(handle, peers.name, _fitting(forward), _fitting(backward))
+
+
+def raise_exchange_failure(handle: int, outcome: int, label: str, num_values: int) -> NoReturn:
+    """Raises what `all_reduce_sum` would have raised in the place of an operator that got this outcome."""
+    for peers in _peers.values():
+        if peers.exchange is not None and peers.exchange.handle == handle:
+            raise _error(peers.exchange.failure(outcome), peers, label, num_values)
+    raise ArgumentError(_DESTROYED)
+
+
 _USUAL_CAUSES = (
     "Usual causes: another rank ended or raised (look at its log first); the ranks ran different layers or channel "
     "counts; requires_grad of the layer's input and parameters, or the use of its output in the loss, differed "
@@ -108,6 +138,7 @@ class _Peers:
     """What is known of a group for as long as it exists.
 
     Attributes:
+        name: What torch calls it.
         ranks: Global ranks of the members, by their rank in the group.
         rank: Of this process in the group.
         world: The default group at the time, whose end is that of all groups.
@@ -115,6 +146,7 @@ class _Peers:
     """
 
     def __init__(self, group: ProcessGroup) -> None:
+        self.name: str = group.group_name
         self.ranks: list[int] = dist.get_process_group_ranks(group)
         self.rank: int = group.rank()
         self.world = weakref.ref(dist.group.WORLD)
@@ -166,15 +198,21 @@ def _new_peers(group: ProcessGroup) -> _Peers:
         raise ArgumentError(_DESTROYED) from error
 
 
-def _decide(group: ProcessGroup, peers: _Peers) -> None:
+def _decide(group: ProcessGroup, peers: _Peers, label: str) -> None:
     with peers.deciding:
         if peers.has_decided:
             return
         timeout_s = _gloo_timeout_s(group)
         if timeout_s is None:
-            _log.debug("group %s: its CPU backend is not gloo, so it reduces itself", group.group_name)
+            _log.debug("group %s: its CPU backend is not gloo, so it reduces itself", peers.name)
         else:
-            _set_up_exchange(group, peers, timeout_s)
+            try:
+                _set_up_exchange(group, peers, timeout_s)
+            except RuntimeError as error:
+                raise CollectiveError(
+                    f"the ranks could not agree how to reduce before the {label}, the group's first meeting; on "
+                    f"{_names(peers, [peers.rank])} of {len(peers.ranks)}: {error}. {_USUAL_CAUSES}"
+                ) from error
         peers.has_decided = True
 
 
@@ -188,14 +226,14 @@ def _set_up_exchange(group: ProcessGroup, peers: _Peers, timeout_s: float) -> No
     made = SharedMemoryExchange.set_up(peers.rank, len(peers.ranks), timeout_s, gather)
     if isinstance(made, SharedMemoryExchange):
         peers.exchange = made
-        _log.debug("group %s: its %d ranks reduce in shared memory", group.group_name, len(peers.ranks))
+        _log.debug("group %s: its %d ranks reduce in shared memory", peers.name, len(peers.ranks))
         return
     ranks_of: dict[Obstacle, list[int]] = defaultdict(list)
     for rank, obstacle in enumerate(made):
         if obstacle is not Obstacle.NONE:
             ranks_of[obstacle].append(rank)
     reasons = "; ".join(f"{_names(peers, ranks)}: {obstacle}" for obstacle, ranks in ranks_of.items())
-    _log.info("group %s: reduces through gloo, not in shared memory (%s)", group.group_name, reasons)
+    _log.info("group %s: reduces through gloo, not in shared memory (%s)", peers.name, reasons)
 
 
 def _gloo_timeout_s(group: ProcessGroup) -> float | None:
@@ -232,6 +270,7 @@ def _meeting(header: bytes) -> _Meeting:
     return header[_LENGTH_BYTES:].rstrip(b"\0").decode(), int.from_bytes(header[:_LENGTH_BYTES], "little")
 
 
+@functools.lru_cache(maxsize=4096)  # a training step comes with the same ones
 def _fitting(label: str) -> str:
     """The label in at most LABEL_BYTES; one that is too long keeps its ends and gets a checksum of the whole."""
     if label.isascii() and len(label) <= LABEL_BYTES:

@@ -10,7 +10,7 @@ from syncbn import moments, operators
 from syncbn.activation import Activation, ActivationName, check_activation
 from syncbn.arguments import canonical_mask, check_input, check_options, check_parameters
 from syncbn.autograd import Normalize
-from syncbn.collectives import resolve_group
+from syncbn.collectives import meetings_in_shared_memory, resolve_group
 from syncbn.groups import LOCAL, group_name
 from syncbn.kernels import backend_for
 from syncbn.moments import RunningStatistics
@@ -184,10 +184,17 @@ def _train(
     folded_in = running if at_once and not is_recomputation() else None
     if renormalization is not None:
         refuse_recomputation(name, collector)
-    if at_once and group is None and mask is None and probe is None and input.numel() > input.size(1):
-        alone = backend_for(input).alone(input, weight, bias, residual, folded_in, eps, activation)
-        if alone is not None:
-            return alone
+    forward = backward = ""
+    if group is not None:
+        forward, backward = meeting("forward", name, input), meeting("backward", name, input)
+    if at_once and mask is None and probe is None and input.numel() > input.size(1):
+        meetings = None
+        if group is not None and input.is_cpu:
+            meetings = meetings_in_shared_memory(group, forward, backward)
+        if group is None or meetings is not None:
+            whole = backend_for(input).layer(input, weight, bias, residual, folded_in, eps, activation, meetings)
+            if whole is not None:
+                return whole
     with torch.no_grad():
         payload = reduced_moments(input, mask, group, name, probe)
         statistics = backend_for(input).finalize(payload, eps, folded_in)
@@ -207,7 +214,7 @@ def _train(
         activation,
         eps,
         group,
-        "" if group is None else meeting("backward", name, input),
+        backward,
     )
     return output
 

@@ -13,7 +13,7 @@ import torch
 from syncbn import renormalization, steps, tracking
 from syncbn.activation import NAMES, Activation, ActivationName
 from syncbn.autograd import all_reduced_backward, differentiable_backward
-from syncbn.collectives import resolve_group
+from syncbn.collectives import raise_exchange_failure, resolve_group
 from syncbn.groups import group_named
 from syncbn.identity import layer_of
 from syncbn.kernels import backend_for
@@ -202,8 +202,13 @@ normalize.register_autograd(_backward, setup_context=_setup_context)
 _library = torch.library.Library("syncbn", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "differentiable_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
-    "Tensor? output, Tensor? mask, Tensor statistics, int activation, float negative_slope, float eps) -> Tensor[]"
+    "Tensor? output, Tensor? mask, Tensor statistics, int activation, float negative_slope, float eps, "
+    "str? group, str label) -> Tensor[]"
 )
+_library.define(  # type: ignore[no-untyped-call]
+    "raise_exchange_failure(int exchange, int outcome, str label, int num_values) -> ()"
+)
+torch.library.impl(_library, "raise_exchange_failure", "CompositeImplicitAutograd")(raise_exchange_failure)
 
 
 @torch.library.impl(_library, "differentiable_backward", "CompositeImplicitAutograd")
@@ -219,11 +224,13 @@ def _differentiable_backward(
     activation: int,
     negative_slope: float,
     eps: float,
+    group: str | None,
+    label: str,
 ) -> list[torch.Tensor]:
-    """What csrc/alone.cpp calls where its gradient is to be differentiated again."""
+    """What csrc/layer.cpp calls where its gradient is to be differentiated again."""
     kind = Activation((None, *NAMES)[activation], negative_slope)
     gradients = differentiable_backward(
-        grad_output, input, weight, bias, residual, output, mask, statistics, kind, eps, None, ""
+        grad_output, input, weight, bias, residual, output, mask, statistics, kind, eps, _resolve(group), label
     )
     return [input.new_empty(0) if gradient is None else gradient for gradient in gradients]
 

@@ -145,14 +145,20 @@ class SharedMemoryExchange:
         if self._handle is None:
             raise RuntimeError("a forked child is no rank of its parent's process group; start ranks as processes")
         outcome = self._all_reduce_sum(self._handle, payload, label)
-        return None if outcome == 0 else self._failure(outcome)
+        return None if outcome == 0 else self.failure(outcome)
+
+    @property
+    def handle(self) -> int | None:
+        """Of the operators' exchange; None in a forked child."""
+        return self._handle
 
     def forsake(self) -> None:
         """Ends the use of it in a forked child, where the memory is not mapped, without touching what is shared."""
         self._handle = None
         self._finalizer.detach()
 
-    def _failure(self, outcome: int) -> Failure:
+    def failure(self, outcome: int) -> Failure:
+        """What the operator's outcome, other than 0, means."""
         where, num_values, labels = torch.ops.syncbn_native.exchange_report(self._handle)
         return Failure(
             outcome=_OUTCOMES[outcome],

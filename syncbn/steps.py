@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Protocol
 
 from syncbn import settings
@@ -51,7 +52,12 @@ def reduced_moments(
 
 def meeting(direction: str, name: str, input: torch.Tensor) -> str:
     """What ranks have to agree on where they meet in a collective; sample counts and spatial sizes may differ."""
-    return f"{direction} of {name} ({input.size(1)} channels, {input.dtype})"
+    return _meeting(direction, name, input.size(1), input.dtype)
+
+
+@functools.lru_cache(maxsize=4096)  # a training step comes with the same ones
+def _meeting(direction: str, name: str, channels: int, dtype: torch.dtype) -> str:
+    return f"{direction} of {name} ({channels} channels, {dtype})"
 
 
 def _check_count(payload: torch.Tensor, input: torch.Tensor, name: str) -> None:

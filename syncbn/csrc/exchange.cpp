@@ -47,19 +47,22 @@ constexpr size_t kLabelBytes = 200;
 constexpr size_t kSlotValues = 8192;  // 4095 channels in one chunk
 constexpr int64_t kSliceNs = 20'000'000;  // a futex cannot wait for a process to end, so that is looked at in between
 
-// Spinning pays while the peers run: for about as long as waking a sleeper takes (1000 pauses are 30 µs on a Xeon),
-// since a rank that was woken comes to the next call that much later. Where it did not pay, peers are far behind or
-// need this core, and it is only tried again now and then.
-constexpr int kManySpins = 1000;
-constexpr int kFewSpins = 20;
-constexpr uint32_t kSpinAgain = 16;
+// Waking a sleeper takes long, tens of microseconds and more where the core has to be woken as well, or where the kernel
+// puts the sleeper on its waker's core; and a rank that was woken comes late to the next call. So a rank first pauses,
+// then yields, which leaves the core to any thread that needs it, and sleeps only after a while. Where that did not pay
+// for some time, peers are far behind or there are too few cores, and it is only tried again now and then.
+constexpr int kManyPauses = 1000;
+constexpr int kFewPauses = 20;
+constexpr int64_t kYieldNs = 1'000'000;
+constexpr uint32_t kPatience = 8;  // sleeps in a row
+constexpr uint32_t kTryAgain = 16;
 
 // The state word: the number of completed rounds, and how it ended.
 constexpr uint32_t kGivenUp = 1u << 31;
 constexpr uint32_t kDiverged = 1u << 30;
 constexpr uint32_t kRounds = kDiverged - 1;
 
-enum Outcome : int64_t { kComplete = 0, kDivergence = 1, kNotAllCame = 2, kRefused = 3 };
+enum Outcome : int64_t { kComplete = 0, kDivergence = 1, kNotAllCame = 2, kRefused = 3, kClosed = 4 };
 
 static_assert(std::atomic<uint32_t>::is_always_lock_free && std::atomic<uint64_t>::is_always_lock_free,
               "a lock inside of an atomic would not be shared between processes");
@@ -128,7 +131,7 @@ class Exchange {
       : rank_(rank),
         world_size_(world_size),
         timeout_ns_(static_cast<int64_t>(std::min(timeout_s, 1e9) * 1e9)),
-        max_spins_(static_cast<size_t>(num_cores()) >= world_size ? kManySpins : kFewSpins),
+        has_cores_(static_cast<size_t>(num_cores()) >= world_size),
         pidfds_(std::move(pidfds)),
         bytes_(memory_bytes(world_size)) {
     memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
@@ -235,19 +238,35 @@ class Exchange {
   }
 
   Outcome wait(uint32_t round) {
-    const std::atomic<uint32_t>& state = control().state;
-    if (state.load(std::memory_order_acquire) == round) {
-      const int num_spins = sleeps_in_a_row_ % kSpinAgain == 0 ? max_spins_ : kFewSpins;
-      for (int spin = 0; spin < num_spins && state.load(std::memory_order_acquire) == round; ++spin) pause_briefly();
-      if (state.load(std::memory_order_acquire) == round) {
-        ++sleeps_in_a_row_;
-        sleep_until_over(round);
-      } else {
-        sleeps_in_a_row_ = 0;
-      }
+    if (!is_over(round) && !spin_until_over(round)) {
+      ++sleeps_in_a_row_;
+      sleep_until_over(round);
     }
     // Whatever the ranks have done since, they completed this round first if its number is past.
-    return (state.load() & kRounds) != round ? kComplete : kNotAllCame;
+    return (control().state.load() & kRounds) != round ? kComplete : kNotAllCame;
+  }
+
+  bool is_over(uint32_t round) { return control().state.load(std::memory_order_acquire) != round; }
+
+  // Whether the round ended while it was worth to stay awake.
+  bool spin_until_over(uint32_t round) {
+    const bool patient = has_cores_ && (sleeps_in_a_row_ < kPatience || sleeps_in_a_row_ % kTryAgain == 0);
+    for (int pause = 0; pause < (patient ? kManyPauses : kFewPauses); ++pause) {
+      pause_briefly();
+      if (is_over(round)) {
+        sleeps_in_a_row_ = 0;
+        return true;
+      }
+    }
+    if (!patient) return false;
+    for (const int64_t until_ns = now_ns() + kYieldNs; now_ns() < until_ns;) {
+      sched_yield();
+      if (is_over(round)) {
+        sleeps_in_a_row_ = 0;
+        return true;
+      }
+    }
+    return false;
   }
 
   void sleep_until_over(uint32_t round) {
@@ -303,7 +322,7 @@ class Exchange {
   const size_t rank_;
   const size_t world_size_;
   const int64_t timeout_ns_;
-  const int max_spins_;
+  const bool has_cores_;
   uint32_t sleeps_in_a_row_ = 0;
   const std::vector<int> pidfds_;
   const size_t bytes_;
@@ -327,8 +346,7 @@ Registry& registry() {
 std::shared_ptr<Exchange> find(int64_t handle) {
   const std::lock_guard<std::mutex> lock(registry().mutex);
   const auto found = registry().exchanges.find(handle);
-  TORCH_CHECK(found != registry().exchanges.end(), "no exchange has the handle ", handle);
-  return found->second;
+  return found == registry().exchanges.end() ? nullptr : found->second;
 }
 
 int64_t exchange_bytes(int64_t world_size) { return static_cast<int64_t>(memory_bytes(world_size)); }
@@ -348,11 +366,14 @@ int64_t exchange_all_reduce_sum(int64_t handle, const at::Tensor& payload, std::
   TORCH_CHECK(payload.scalar_type() == at::kDouble && payload.is_contiguous(),
               "payload: expected a contiguous float64 tensor, got ", payload.scalar_type());
   TORCH_CHECK(label.size() <= kLabelBytes, "label: expected at most ", kLabelBytes, " bytes, got ", label.size());
-  return find(handle)->all_reduce_sum(payload.mutable_data_ptr<double>(), payload.numel(), label);
+  const std::shared_ptr<Exchange> exchange = find(handle);
+  return exchange ? exchange->all_reduce_sum(payload.mutable_data_ptr<double>(), payload.numel(), label) : kClosed;
 }
 
 std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<std::string>> exchange_report(int64_t handle) {
-  return find(handle)->report();
+  const std::shared_ptr<Exchange> exchange = find(handle);
+  TORCH_CHECK(exchange, "no exchange has the handle ", handle);
+  return exchange->report();
 }
 
 void exchange_close(int64_t handle) {

@@ -23,6 +23,22 @@ class GradientSums(NamedTuple):
     grad_bias: torch.Tensor | None
 
 
+class Meetings(NamedTuple):
+    """Where the ranks of a layer meet in shared memory.
+
+    Attributes:
+        exchange: Handle of the group's exchange.
+        group_name: What torch calls the group.
+        forward: Label of the forward's all-reduce.
+        backward: Label of the backward's.
+    """
+
+    exchange: int
+    group_name: str
+    forward: str
+    backward: str
+
+
 class Backend(Protocol):
     """The passes over a batch; a module of this package with these functions is a backend.
 
@@ -86,7 +102,7 @@ class Backend(Protocol):
         """Dx from g and the reduced sums, in the dtype and memory format of x."""
         ...
 
-    def alone(
+    def layer(
         self,
         x: torch.Tensor,
         weight: torch.Tensor | None,
@@ -95,10 +111,14 @@ class Backend(Protocol):
         running: RunningStatistics | None,
         eps: float,
         activation: Activation,
+        meetings: Meetings | None,
     ) -> torch.Tensor | None:
-        """All of the training forward for a rank that has no peers, differentiable; x holds more than a value each.
+        """All of the training forward, differentiable, for x of more than one value to a channel.
 
-        None from a backend that has no such shortcut. It saves what the calls between the passes cost, which on small
-        batches is more than the passes.
+        `meetings` is None for a rank without peers. None from a backend that has no such shortcut, which saves what
+        the calls between the passes cost; on small batches that is more than the passes.
+
+        Raises:
+            CollectiveError: If the exchange with the other ranks fails, here or in the backward.
         """
         ...

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from syncbn import moments as _moments
 from syncbn.activation import Activation
-from syncbn.kernels.backend import GradientSums
+from syncbn.kernels.backend import GradientSums, Meetings
 from syncbn.moments import RunningStatistics, compute_dtype
 
 CPU_TILE_ELEMENTS = 1 << 19  # per thread: 2 MiB of float32; smaller tiles lose more to calls than they gain in cache
@@ -282,7 +282,7 @@ def _fitting(scratch: torch.Tensor | None, tile: torch.Tensor) -> torch.Tensor |
     return scratch if scratch is not None and scratch.shape == tile.shape else None
 
 
-def alone(
+def layer(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -290,5 +290,6 @@ def alone(
     running: RunningStatistics | None,
     eps: float,
     activation: Activation,
+    meetings: Meetings | None,
 ) -> None:
     """No shortcut: what is called between the passes is little beside what they call themselves."""

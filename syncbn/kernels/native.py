@@ -7,7 +7,7 @@ that autograd expanded. Any other layout costs a copy.
 import torch
 
 from syncbn.activation import Activation
-from syncbn.kernels.backend import GradientSums
+from syncbn.kernels.backend import GradientSums, Meetings
 from syncbn.moments import RunningStatistics
 
 _operators = torch.ops.syncbn_native
@@ -78,7 +78,7 @@ def input_gradient(
     return dx
 
 
-def alone(
+def layer(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -86,14 +86,28 @@ def alone(
     running: RunningStatistics | None,
     eps: float,
     activation: Activation,
+    meetings: Meetings | None,
 ) -> torch.Tensor | None:
-    """As `Backend.alone`."""
+    """As `Backend.layer`."""
     name, slope = activation
     mean, var, num_batches, momentum, num_nonfinite = running or _NOTHING_RUNS
-    y: torch.Tensor = _operators.alone(
-        x, weight, bias, residual, mean, var, num_batches, num_nonfinite, momentum, eps, _CODES[name], slope
+    y: torch.Tensor = _operators.layer(
+        x,
+        weight,
+        bias,
+        residual,
+        mean,
+        var,
+        num_batches,
+        num_nonfinite,
+        momentum,
+        eps,
+        _CODES[name],
+        slope,
+        *(meetings or _NOBODY_MEETS),
     )
     return y
 
 
 _NOTHING_RUNS = (None, None, None, None, None)
+_NOBODY_MEETS = (0, "", "", "")

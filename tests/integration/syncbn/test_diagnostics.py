@@ -1,6 +1,7 @@
 """The monitor across ranks: its shares are the float64 formula's, and what layers compute stays as it is."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -143,6 +144,7 @@ def _count_collectives(rank):
 
     original = steps.all_reduce_sum
     steps.all_reduce_sum = diagnostics.all_reduce_sum = counting
+    os.environ["SYNCBN_SHARED_MEMORY"] = "0"  # in shared memory a layer meets its peers in C++, out of sight
     try:
         layer = SyncBatchNorm(CHANNELS, dtype=torch.float64)
         with monitor(layer, every=2):
@@ -151,6 +153,7 @@ def _count_collectives(rank):
         layer(torch.randn(2, CHANNELS, dtype=torch.float64))
     finally:
         steps.all_reduce_sum = diagnostics.all_reduce_sum = original
+        del os.environ["SYNCBN_SHARED_MEMORY"]
     return sizes
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from syncbn import SyncBatchNorm
 from syncbn.collectives import all_reduce_sum, resolve_group
 from syncbn.errors import CollectiveError
 from syncbn.shared_memory import Obstacle, SharedMemoryExchange
@@ -473,6 +474,33 @@ def test_a_killed_rank_ends_the_wait_of_the_others_within_a_second(tmp_path):
             assert f"ranks 0, 2 in the {LABEL} with 129 values" in text
             assert ended_at - killed_at < 1
     assert {name for name in set(os.listdir("/dev/shm")) - names if "syncbn" in name} == set()
+
+
+def _backward_when_told(rank, connection):
+    layer = SyncBatchNorm(6)
+    layer.name = "stem"
+    loss = layer(torch.randn(2, 6, requires_grad=True)).sum()
+    connection.send("forward is done")
+    connection.recv()
+    try:
+        loss.backward()
+    except CollectiveError as error:
+        return str(error), time.monotonic()
+    return "", time.monotonic()
+
+
+def test_a_killed_rank_ends_the_backward_of_the_others_within_a_second(tmp_path):
+    with own_ranks(tmp_path, 2, _backward_when_told) as ranks:
+        for rank in ranks:
+            assert rank.receive() == "forward is done"
+        _tell([ranks[0]])
+        ranks[0].wait_until_asleep()
+        killed_at = time.monotonic()
+        ranks[1].process.kill()
+        text, ended_at = ranks[0].receive()
+        assert "rank 1 ended or left the group" in text
+        assert "the all-reduce of backward of stem (6 channels, torch.float32) failed on rank 0 of 2" in text
+        assert ended_at - killed_at < 1
 
 
 def test_a_stopped_rank_ends_the_wait_at_the_group_s_timeout(tmp_path):

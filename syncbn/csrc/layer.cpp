@@ -1,5 +1,5 @@
-// The whole layer of a rank without peers in one call, differentiation included: what Python costs between the passes
-// is more than the passes themselves take on a small batch.
+// The whole layer in one call, differentiation and the meetings in shared memory included: what Python costs between
+// the passes is more than the passes themselves take on a small batch.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 
 namespace syncbn {
@@ -62,15 +63,39 @@ Tensor input_gradient(const Tensor& grad, const Tensor& x, const Tensor& statist
   return op.call(grad, x, statistics, sums, weight, mask);
 }
 
+// Where the ranks of a group meet in shared memory. `exchange` is 0 for a rank without peers.
+struct Meeting {
+  int64_t exchange;
+  std::string group_name, forward, backward;
+};
+
+// Sums over the ranks, in place. What keeps them apart is told in Python: syncbn/operators.py defines
+// `raise_exchange_failure`, whose exceptions pass through here and through autograd as they are.
+void all_reduce_sum(const Tensor& payload, int64_t exchange, const std::string& label) {
+  static const auto reduce =
+      find<int64_t(int64_t, const Tensor&, std::string_view)>("syncbn_native::exchange_all_reduce_sum");
+  const int64_t outcome = reduce.call(exchange, payload, label);
+  if (outcome == 0) return;
+  static const auto fail =
+      find<void(int64_t, int64_t, std::string_view, int64_t)>("syncbn::raise_exchange_failure");
+  fail.call(exchange, outcome, label, payload.numel());
+  TORCH_CHECK(false, "the all-reduce of ", label, " failed (outcome ", outcome, ")");
+}
+
 // The same gradients in operations that autograd can differentiate; syncbn/operators.py defines it.
 variable_list differentiable_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
                                       const OptionalTensor& bias, const OptionalTensor& residual,
                                       const OptionalTensor& y, const OptionalTensor& mask, const Tensor& statistics,
-                                      int64_t activation, double slope, double eps) {
-  static const auto op = find<variable_list(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                            const Tensor&, int64_t, double, double)>("syncbn::differentiable_backward");
-  return op.call(dy, x, weight, bias, residual, y, mask, statistics, activation, slope, eps);
+                                      int64_t activation, double slope, double eps, const Meeting& meeting) {
+  static const auto op =
+      find<variable_list(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, int64_t,
+                         double, double, std::optional<std::string_view>, std::string_view)>(
+          "syncbn::differentiable_backward");
+  std::optional<std::string_view> group_name;
+  if (meeting.exchange) group_name = meeting.group_name;
+  return op.call(dy, x, weight, bias, residual, y, mask, statistics, activation, slope, eps, group_name,
+                 meeting.backward);
 }
 
 constexpr int64_t kSilu = 3;  // of kernels.h
@@ -78,21 +103,23 @@ constexpr int64_t kSilu = 3;  // of kernels.h
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 Tensor undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
 
-class Alone : public torch::autograd::Function<Alone> {
+class Layer : public torch::autograd::Function<Layer> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                         const OptionalTensor& residual, const OptionalTensor& running_mean,
                         const OptionalTensor& running_var, const OptionalTensor& num_batches,
                         const OptionalTensor& num_nonfinite, std::optional<double> momentum, double eps,
-                        int64_t activation, double slope) {
+                        int64_t activation, double slope, const Meeting& meeting) {
     at::AutoDispatchBelowADInplaceOrView below;
     const Tensor payload = moments(x, std::nullopt);
+    if (meeting.exchange) all_reduce_sum(payload, meeting.exchange, meeting.forward);
     const Tensor statistics = finalize(payload, eps, running_mean, running_var, num_batches, momentum, num_nonfinite);
     const Tensor y = normalize(x, statistics, weight, bias, residual, std::nullopt, activation, slope);
     const bool saves_residual = activation == kSilu, saves_output = activation != 0 && !saves_residual;
     ctx->save_for_backward({x, undefined(weight), undefined(bias), saves_residual ? undefined(residual) : Tensor(),
                             saves_output ? y : Tensor(), statistics});
     ctx->saved_data["options"] = std::make_tuple(activation, slope, eps, residual.has_value());
+    ctx->saved_data["meeting"] = std::make_tuple(meeting.exchange, meeting.group_name, meeting.backward);
     return y;
   }
 
@@ -103,6 +130,9 @@ class Alone : public torch::autograd::Function<Alone> {
                          y = optional(saved[4]);
     const auto [activation, slope, eps, has_residual] =
         ctx->saved_data["options"].to<std::tuple<int64_t, double, double, bool>>();
+    Meeting meeting{};
+    std::tie(meeting.exchange, meeting.group_name, meeting.backward) =
+        ctx->saved_data["meeting"].to<std::tuple<int64_t, std::string, std::string>>();
     // Autograd counts the tensors among the arguments, leaving out those that were not given.
     size_t next = 1;
     const bool needs_input = ctx->needs_input_grad(0), needs_weight = weight && ctx->needs_input_grad(next++),
@@ -110,37 +140,41 @@ class Alone : public torch::autograd::Function<Alone> {
     variable_list gradients;
     if (at::GradMode::is_enabled()) {  // create_graph=True
       gradients = differentiable_backward(dy[0], x, weight, bias, residual, y, std::nullopt, statistics, activation,
-                                          slope, eps);
+                                          slope, eps, meeting);
     } else {
       auto [sums, grad, grad_weight, grad_bias] =
           gradient_sums(dy[0], x, statistics, weight, bias, y, residual, std::nullopt, activation, slope);
+      // Always, even where this rank's input needs no gradient: another rank's may, and every rank has to come.
+      if (meeting.exchange) all_reduce_sum(sums, meeting.exchange, meeting.backward);
       const Tensor g = grad.value_or(dy[0]);
       gradients = {needs_input ? input_gradient(g, x, statistics, sums, weight, std::nullopt) : Tensor(),
                    undefined(grad_weight), undefined(grad_bias), g};
     }
     return {needs_input ? gradients[0] : Tensor(), needs_weight ? gradients[1] : Tensor(),
             needs_bias ? gradients[2] : Tensor(), needs_residual ? gradients[3] : Tensor(),
-            Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+            Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
-Tensor alone(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+Tensor layer(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
              const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches,
              const OptionalTensor& num_nonfinite, std::optional<double> momentum, double eps, int64_t activation,
-             double slope) {
-  return Alone::apply(x, weight, bias, residual, running_mean, running_var, num_batches, num_nonfinite, momentum, eps,
-                      activation, slope);
+             double slope, int64_t exchange, std::string_view group_name, std::string_view forward,
+             std::string_view backward) {
+  const Meeting meeting{exchange, std::string(group_name), std::string(forward), std::string(backward)};
+  return Layer::apply(x, weight, bias, residual, running_mean, running_var, num_batches, num_nonfinite, momentum, eps,
+                      activation, slope, meeting);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(syncbn_native, m) {
   m.def(
-      "alone(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
+      "layer(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches, Tensor(d!)? num_nonfinite, float? momentum, float eps, "
-      "int activation, float negative_slope) -> Tensor");
+      "int activation, float negative_slope, int exchange, str group_name, str forward, str backward) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(syncbn_native, CompositeImplicitAutograd, m) { m.impl("alone", alone); }
+TORCH_LIBRARY_IMPL(syncbn_native, CompositeImplicitAutograd, m) { m.impl("layer", layer); }
 
 }  // namespace syncbn

@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# ninja lies beside python, and is looked for on the path.
+BUILDING := PATH="$(abspath $(BIN)):$$PATH"
 NATIVE := $(VENV)/.native
 PYTEST_ARGS ?=
 
@@ -18,13 +20,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 	@echo "Setting up $(VENV): about four minutes and 1.6 GB, once."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[service,postgres,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools ninja
+	$(BUILDING) $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[service,postgres,dev]'
 	@touch $(STAMP)
 
 # The C++ library alone, where only its sources are newer; what checks code needs no library.
 $(NATIVE): setup.py $(wildcard syncbn/csrc/*) | $(STAMP)
-	test -f syncbn/_native.so -a -z "$$(find setup.py syncbn/csrc -newer syncbn/_native.so)" || $(BIN)/python setup.py --quiet build_ext --inplace
+	test -f syncbn/_native.so -a -z "$$(find setup.py syncbn/csrc -newer syncbn/_native.so)" || $(BUILDING) $(BIN)/python setup.py --quiet build_ext --inplace
 	@$(BIN)/python -c 'import logging; logging.basicConfig(level=logging.INFO, format="%(message)s"); from syncbn import native; native.available()'
 	@touch $(NATIVE)
 

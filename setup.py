@@ -72,7 +72,10 @@ def command() -> type[build_ext]:
     if MISSING:
         return SkipNative
 
-    class BuildNative(cpp_extension.BuildExtension.with_options(use_ninja=False, no_python_abi_suffix=True)):
+    # ninja compiles files side by side, and only those that changed.
+    options = {"use_ninja": cpp_extension.is_ninja_available(), "no_python_abi_suffix": True}
+
+    class BuildNative(cpp_extension.BuildExtension.with_options(**options)):
         """Builds the library, or says why not."""
 
         def run(self) -> None:

@@ -10,57 +10,17 @@
 #include <string_view>
 #include <tuple>
 
+#include "operators.h"
+
 namespace syncbn {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-Tensor moments(const Tensor& x, const OptionalTensor& mask) {
-  static const auto op = find<Tensor(const Tensor&, const OptionalTensor&)>("syncbn_native::moments");
-  return op.call(x, mask);
-}
-
-Tensor finalize(const Tensor& payload, double eps, const OptionalTensor& mean, const OptionalTensor& var,
-                const OptionalTensor& num_batches, std::optional<double> momentum, const OptionalTensor& num_nonfinite) {
-  static const auto op =
-      find<Tensor(const Tensor&, double, OptionalTensor, OptionalTensor, OptionalTensor, std::optional<double>,
-                  OptionalTensor)>("syncbn_native::finalize");
-  return op.call(payload, eps, mean, var, num_batches, momentum, num_nonfinite);
-}
-
-Tensor normalize(const Tensor& x, const Tensor& statistics, const OptionalTensor& weight, const OptionalTensor& bias,
-                 const OptionalTensor& residual, const OptionalTensor& mask, int64_t activation, double slope) {
-  static const auto op =
-      find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, OptionalTensor,
-                  const OptionalTensor&, int64_t, double)>("syncbn_native::normalize");
-  return op.call(x, statistics, weight, bias, residual, mask, activation, slope);
-}
-
-using GradientSums = std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
-
-GradientSums gradient_sums(const Tensor& dy, const Tensor& x, const Tensor& statistics, const OptionalTensor& weight,
-                           const OptionalTensor& bias, const OptionalTensor& y, const OptionalTensor& residual,
-                           const OptionalTensor& mask, int64_t activation, double slope) {
-  static const auto op =
-      find<GradientSums(Tensor, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                        OptionalTensor, OptionalTensor, const OptionalTensor&, int64_t, double)>(
-          "syncbn_native::gradient_sums");
-  return op.call(dy, x, statistics, weight, bias, y, residual, mask, activation, slope);
-}
-
-Tensor input_gradient(const Tensor& grad, const Tensor& x, const Tensor& statistics, const Tensor& sums,
-                      const OptionalTensor& weight, const OptionalTensor& mask) {
-  static const auto op = find<Tensor(Tensor, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                     const OptionalTensor&)>("syncbn_native::input_gradient");
-  return op.call(grad, x, statistics, sums, weight, mask);
 }
 
 // Where the ranks of a group meet in shared memory. `exchange` is 0 for a rank without peers.

@@ -21,6 +21,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "operators.h"
 
 #ifndef SYNCBN_TORCH_VERSION
 #error "SYNCBN_TORCH_VERSION: the version of torch that this is compiled for; setup.py defines it"
@@ -32,9 +33,6 @@ extern "C" __attribute__((used, visibility("default"))) const char syncbn_native
 
 namespace syncbn {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kElementsPerJob = 32768;  // what ATen takes to be worth a thread
 
@@ -351,6 +349,8 @@ void with_coefficients(const Tensor& x, int64_t size, const F& f) {
   }
 }
 
+}  // namespace
+
 Tensor moments(const Tensor& x, const OptionalTensor& mask) {
   Layout layout(x);
   Stream stream;
@@ -366,6 +366,8 @@ Tensor moments(const Tensor& x, const OptionalTensor& mask) {
   return payload;
 }
 
+namespace {
+
 void fold_in(const char* name, Tensor& target, int64_t channels, double factor, const double* batch) {
   check_channels(name, target, channels);
   with_type(name, target, [&](auto* type) {
@@ -379,6 +381,8 @@ void fold_in(const char* name, Tensor& target, int64_t channels, double factor, 
   });
   target.unsafeGetTensorImpl()->bump_version();
 }
+
+}  // namespace
 
 // `finalize` and `update_running` of syncbn/moments.py.
 Tensor finalize(const Tensor& payload, double eps, OptionalTensor running_mean, OptionalTensor running_var,
@@ -441,6 +445,8 @@ Tensor normalize(const Tensor& x, const Tensor& statistics, const OptionalTensor
   return layout.result(y);
 }
 
+namespace {
+
 // The gradient of a parameter, in its dtype: from(c) for each channel.
 template <class F>
 OptionalTensor parameter_gradient(const char* name, const OptionalTensor& parameter, int64_t channels, const F& from) {
@@ -454,7 +460,8 @@ OptionalTensor parameter_gradient(const char* name, const OptionalTensor& parame
   return gradient;
 }
 
-// sums, g, dγ, dβ; no g where it is dy as it was given.
+}  // namespace
+
 std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> gradient_sums(
     Tensor dy, const Tensor& x, const Tensor& statistics, const OptionalTensor& weight, const OptionalTensor& bias,
     OptionalTensor y, OptionalTensor residual, const OptionalTensor& mask, int64_t activation, double negative_slope) {
@@ -502,6 +509,8 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> gradient_sums
           parameter_gradient("bias", bias, channels, [&](int64_t c) { return sums[c]; })};
 }
 
+namespace {
+
 // `input_gradient` of syncbn/moments.py: pivot, scale and shift, then grad_scale, (C,) each.
 template <class A>
 void form_input_gradient(const double* statistics, const double* sums, int64_t channels, Channels& weight,
@@ -519,6 +528,8 @@ void form_input_gradient(const double* statistics, const double* sums, int64_t c
     coefficients[3 * channels + c] = static_cast<A>(grad_scale);
   }
 }
+
+}  // namespace
 
 Tensor input_gradient(Tensor grad, const Tensor& x, const Tensor& statistics, const Tensor& sums,
                       const OptionalTensor& weight, const OptionalTensor& mask) {
@@ -541,8 +552,6 @@ Tensor input_gradient(Tensor grad, const Tensor& x, const Tensor& statistics, co
   });
   return layout.result(dx);
 }
-
-}  // namespace
 
 TORCH_LIBRARY(syncbn_native, m) {
   m.def("instruction_set() -> str", [] { return instruction_set(); });

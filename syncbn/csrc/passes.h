@@ -175,11 +175,17 @@ SYNCBN_INLINE int64_t rows_per_tile(int64_t channels) {
 // Rows that a pass takes side by side, which loads what belongs to a channel once for all of them. Memory is fastest in
 // its own order, a row at a time; but few vectors are a row of their own, and rows of a page and more are streams that
 // the processor follows side by side.
-constexpr int kBand = 4;
+constexpr int kBand = 2;
+
+// The distance between the rows of a band, which has to be the same in all tensors; 0 where rows go one by one.
 template <class T>
-SYNCBN_INLINE bool in_bands(int64_t channels) {
-  const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
-  return bytes <= 256 || bytes >= 4096;
+SYNCBN_INLINE int64_t band_stride(int64_t channels, std::initializer_list<Stream> streams) {
+  const int64_t bytes = channels * static_cast<int64_t>(sizeof(T)), stride = streams.begin()->inner;
+  if (bytes > 256 && bytes < 4096) return 0;
+  for (const Stream& stream : streams) {
+    if (stream.data && stream.inner != stride) return 0;
+  }
+  return stride;
 }
 
 // Calls f(row, Slot<rows>) for the rows [begin, end) of a sample, in bands or one by one, and skip(row) for those that its
@@ -465,18 +471,17 @@ SYNCBN_INLINE void map_planes(const Batch& batch, const Op op, Range range) {
 template <class Op>
 SYNCBN_INLINE void map_rows(const Batch& batch, const Op op, Range range) {
   using A = typename Op::A;
-  const int64_t channels = batch.c;
-  const bool bands = in_bands<typename Op::T>(channels);
+  const int64_t channels = batch.c, stride = op.band_stride(channels);
   for_row_tiles(batch, range.begin, range.end, range.end, [&](int64_t n, int64_t s, int64_t rows) {
     for_bands(
-        s, s + rows, bands, batch.mask ? batch.mask + n * batch.s : nullptr,
+        s, s + rows, stride != 0, batch.mask ? batch.mask + n * batch.s : nullptr,
         [&](int64_t r, auto height) __attribute__((always_inline)) {
-          typename Op::Place places[height.value];
-          for (int i = 0; i < height.value; ++i) places[i] = op.place(n, r + i, 0);
+          const auto place = op.place(n, r, 0);
           for_overlapping_vectors<A, 1>(channels, [&](int64_t c, auto lanes, auto, auto) __attribute__((always_inline)) {
             const auto coefficients = op.load_coefficients(c, lanes);
             for (int i = 0; i < height.value; ++i) {
-              store(places[i].out + c, op(coefficients, places[i], c, lanes), lanes);
+              const int64_t at = i * stride + c;
+              store(place.out + at, op(coefficients, place, at, lanes), lanes);
             }
           });
         },
@@ -545,6 +550,9 @@ struct NormalizeOp {
   };
   const syncbn::Normalize arguments;
 
+  SYNCBN_INLINE int64_t band_stride(int64_t channels) const {
+    return ::band_stride<T>(channels, {arguments.x, arguments.residual, arguments.y});
+  }
   SYNCBN_INLINE Coefficients broadcast_coefficients(int64_t c) const { return Affine<A>::broadcast(arguments, c); }
   template <class L>
   SYNCBN_INLINE Coefficients load_coefficients(int64_t c, L lanes) const {
@@ -600,6 +608,9 @@ struct InputGradientOp {
   };
   const syncbn::InputGradient arguments;
 
+  SYNCBN_INLINE int64_t band_stride(int64_t channels) const {
+    return ::band_stride<T>(channels, {arguments.x, arguments.grad, arguments.dx});
+  }
   SYNCBN_INLINE Coefficients broadcast_coefficients(int64_t c) const {
     return {Affine<A>::broadcast(arguments, c), broadcast(static_cast<const A*>(arguments.grad_scale)[c])};
   }
@@ -632,6 +643,9 @@ struct Gradient {
   };
   const syncbn::GradientSums arguments;
 
+  SYNCBN_INLINE int64_t band_stride(int64_t channels) const {
+    return ::band_stride<T>(channels, {arguments.x, arguments.dy, arguments.saved, arguments.grad});
+  }
   SYNCBN_INLINE Affine<A> broadcast_coefficients(int64_t c) const { return Affine<A>::broadcast(arguments, c); }
   template <class L>
   SYNCBN_INLINE Affine<A> load_coefficients(int64_t c, L lanes) const {
@@ -728,7 +742,7 @@ void row_gradient_sums(const Batch& batch, const syncbn::GradientSums& arguments
   constexpr bool kWrites = kActivation != syncbn::kIdentity;
   const Gradient<T, kActivation> gradient{arguments};
   const int64_t all_channels = batch.c;
-  const bool bands = in_bands<T>(all_channels);
+  const int64_t stride = gradient.band_stride(all_channels);
   for_row_tiles(batch, part.begin, part.end, rows_per_tile(all_channels), [&](int64_t n, int64_t s, int64_t rows) {
     const uint8_t* mask = batch.mask ? batch.mask + n * batch.s : nullptr;
     for (int64_t first = 0; first < all_channels; first += kSpan) {
@@ -737,18 +751,18 @@ void row_gradient_sums(const Batch& batch, const syncbn::GradientSums& arguments
       memset(totals, 0, sizeof(A) * channels);
       memset(totals_of_products, 0, sizeof(A) * channels);
       for_bands(
-          s, s + rows, bands, mask,
+          s, s + rows, stride != 0, mask,
           [&](int64_t r, auto height) __attribute__((always_inline)) {
-            typename Gradient<T, kActivation>::Place places[height.value];
-            for (int i = 0; i < height.value; ++i) places[i] = gradient.place(n, r + i, first);
+            const auto place = gradient.place(n, r, first);
             for_overlapping_vectors<A, 1>(
                 channels, [&](int64_t c, auto lanes, auto, auto fresh) __attribute__((always_inline)) {
                   const Affine<A> coefficients = gradient.load_coefficients(first + c, lanes);
                   Real<A> total{}, total_of_products{};
                   for (int i = 0; i < height.value; ++i) {
+                    const int64_t at = i * stride + c;
                     Real<A> centered;
-                    const Real<A> g = gradient(coefficients, places[i], c, lanes, centered);
-                    if (kWrites || mask) store(places[i].grad + c, g, lanes);
+                    const Real<A> g = gradient(coefficients, place, at, lanes, centered);
+                    if (kWrites || mask) store(place.grad + at, g, lanes);
                     total += g;
                     total_of_products += g * centered;
                   }

@@ -151,14 +151,18 @@ def normalize_batch(
         options: All else.
     """
     mean, var, num_batches, num_nonfinite = buffers
-    check_input(input, residual)
-    check_parameters(input, mean, var, weight, bias)
     check_options(options.training, options.momentum, options.eps, mean, num_batches)
     check_activation(*options.activation)
-    mask = canonical_mask(mask, input)
     running = None
     if mean is not None and var is not None:
         running = RunningStatistics(mean, var, num_batches, options.momentum, num_nonfinite)
+    if options.training and mask is None and (mean is None) == (var is None) and not torch.compiler.is_compiling():
+        output = _train_at_once(input, running, weight, bias, residual, options)
+        if output is not None:
+            return output
+    check_input(input, residual)
+    check_parameters(input, mean, var, weight, bias)
+    mask = canonical_mask(mask, input)
     if not options.training:
         assert running is not None
         return _evaluate(input, running, weight, bias, residual, mask, options)
@@ -166,6 +170,33 @@ def normalize_batch(
         check_renormalization(options.renormalization, tracks_running_statistics=running is not None)
     train = _train_traced if torch.compiler.is_compiling() else _train
     return train(input, running, weight, bias, residual, mask, options)
+
+
+def _train_at_once(
+    input: torch.Tensor,
+    running: RunningStatistics | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    options: Options,
+) -> torch.Tensor | None:
+    """One operator for the whole of it; None where there is none for this call, or something about it does not fit.
+
+    Checks and steps in Python cost more than the arithmetic of a small batch.
+    """
+    _, _, eps, process_group, activation, renormalization, name, _, collector, probe = options
+    if renormalization is not None or collector is not None or probe is not None or input.dim() < 2:
+        return None
+    group = None if process_group == LOCAL else resolve_group(process_group)
+    meetings = None
+    if group is not None:
+        if not input.is_cpu:
+            return None
+        meetings = meetings_in_shared_memory(group, meeting("forward", name, input), meeting("backward", name, input))
+        if meetings is None:
+            return None
+    folded_in = None if is_recomputation() else running
+    return backend_for(input).layer(input, weight, bias, residual, folded_in, eps, activation, meetings)
 
 
 def _train(
@@ -184,17 +215,6 @@ def _train(
     folded_in = running if at_once and not is_recomputation() else None
     if renormalization is not None:
         refuse_recomputation(name, collector)
-    forward = backward = ""
-    if group is not None:
-        forward, backward = meeting("forward", name, input), meeting("backward", name, input)
-    if at_once and mask is None and probe is None and input.numel() > input.size(1):
-        meetings = None
-        if group is not None and input.is_cpu:
-            meetings = meetings_in_shared_memory(group, forward, backward)
-        if group is None or meetings is not None:
-            whole = backend_for(input).layer(input, weight, bias, residual, folded_in, eps, activation, meetings)
-            if whole is not None:
-                return whole
     with torch.no_grad():
         payload = reduced_moments(input, mask, group, name, probe)
         statistics = backend_for(input).finalize(payload, eps, folded_in)
@@ -214,7 +234,7 @@ def _train(
         activation,
         eps,
         group,
-        backward,
+        "" if group is None else meeting("backward", name, input),
     )
     return output
 

@@ -116,11 +116,38 @@ class Layer : public torch::autograd::Function<Layer> {
   }
 };
 
-Tensor layer(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-             const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches,
-             const OptionalTensor& num_nonfinite, std::optional<double> momentum, double eps, int64_t activation,
-             double slope, int64_t exchange, std::string_view group_name, std::string_view forward,
-             std::string_view backward) {
+bool fits_channels(const Tensor& x, const OptionalTensor& t) {
+  return !t || (t->dim() == 1 && t->size(0) == x.size(1) && t->device() == x.device() &&
+                (t->scalar_type() == x.scalar_type() ||
+                 (t->scalar_type() == at::kFloat && (x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16))));
+}
+
+bool fits_counter(const OptionalTensor& t) {
+  return !t || (t->scalar_type() == at::kLong && t->numel() == 1 && t->device().is_cpu());
+}
+
+// What syncbn/arguments.py checks; it then says what is wrong.
+bool fits(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+          const OptionalTensor& running_mean, const OptionalTensor& running_var) {
+  const at::ScalarType type = x.scalar_type();
+  return x.device().is_cpu() && x.layout() == at::kStrided && x.dim() >= 2 && x.numel() > x.size(1) &&
+         (type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16) &&
+         (!residual || (residual->sizes() == x.sizes() && residual->scalar_type() == type &&
+                        residual->device() == x.device() && residual->layout() == at::kStrided)) &&
+         fits_channels(x, weight) && fits_channels(x, bias) && fits_channels(x, running_mean) &&
+         fits_channels(x, running_var);
+}
+
+OptionalTensor layer(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& residual, const OptionalTensor& running_mean,
+                     const OptionalTensor& running_var, const OptionalTensor& num_batches,
+                     const OptionalTensor& num_nonfinite, std::optional<double> momentum, double eps,
+                     int64_t activation, double slope, int64_t exchange, std::string_view group_name,
+                     std::string_view forward, std::string_view backward) {
+  if (!fits(x, weight, bias, residual, running_mean, running_var) || !fits_counter(num_batches) ||
+      !fits_counter(num_nonfinite)) {
+    return std::nullopt;
+  }
   const Meeting meeting{exchange, std::string(group_name), std::string(forward), std::string(backward)};
   return Layer::apply(x, weight, bias, residual, running_mean, running_var, num_batches, num_nonfinite, momentum, eps,
                       activation, slope, meeting);
@@ -132,7 +159,7 @@ TORCH_LIBRARY_FRAGMENT(syncbn_native, m) {
   m.def(
       "layer(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches, Tensor(d!)? num_nonfinite, float? momentum, float eps, "
-      "int activation, float negative_slope, int exchange, str group_name, str forward, str backward) -> Tensor");
+      "int activation, float negative_slope, int exchange, str group_name, str forward, str backward) -> Tensor?");
 }
 
 TORCH_LIBRARY_IMPL(syncbn_native, CompositeImplicitAutograd, m) { m.impl("layer", layer); }

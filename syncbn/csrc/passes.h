@@ -732,8 +732,9 @@ void plane_gradient_sums(const Batch& batch, const syncbn::GradientSums& argumen
       [](int64_t, int64_t) {});
 }
 
-// Channels whose sums a pass over rows keeps in the L1 cache.
+// Channels whose sums a pass over rows keeps in the L1 cache, and rows that are added up before they go into float64.
 constexpr int64_t kSpan = 1024;
+constexpr int64_t kRows = 256;
 
 template <class T, Activation kActivation>
 void row_gradient_sums(const Batch& batch, const syncbn::GradientSums& arguments, const Part& part, double* sum,
@@ -743,7 +744,7 @@ void row_gradient_sums(const Batch& batch, const syncbn::GradientSums& arguments
   const Gradient<T, kActivation> gradient{arguments};
   const int64_t all_channels = batch.c;
   const int64_t stride = gradient.band_stride(all_channels);
-  for_row_tiles(batch, part.begin, part.end, rows_per_tile(all_channels), [&](int64_t n, int64_t s, int64_t rows) {
+  for_row_tiles(batch, part.begin, part.end, smaller(rows_per_tile(all_channels), kRows), [&](int64_t n, int64_t s, int64_t rows) {
     const uint8_t* mask = batch.mask ? batch.mask + n * batch.s : nullptr;
     for (int64_t first = 0; first < all_channels; first += kSpan) {
       const int64_t channels = smaller(all_channels - first, kSpan);

@@ -113,10 +113,11 @@ class Backend(Protocol):
         activation: Activation,
         meetings: Meetings | None,
     ) -> torch.Tensor | None:
-        """All of the training forward, differentiable, for x of more than one value to a channel.
+        """All of the training forward, differentiable; `meetings` is None for a rank without peers.
 
-        `meetings` is None for a rank without peers. None from a backend that has no such shortcut, which saves what
-        the calls between the passes cost; on small batches that is more than the passes.
+        It saves what the calls between the passes cost, which on small batches is more than the passes. None, before
+        anything happened, from a backend that has no such shortcut, for x of a single value to a channel or none, and
+        where shapes, dtypes or devices do not fit together: nothing has been checked before.
 
         Raises:
             CollectiveError: If the exchange with the other ranks fails, here or in the backward.

@@ -91,7 +91,7 @@ def layer(
     """As `Backend.layer`."""
     name, slope = activation
     mean, var, num_batches, momentum, num_nonfinite = running or _NOTHING_RUNS
-    y: torch.Tensor = _operators.layer(
+    y: torch.Tensor | None = _operators.layer(
         x,
         weight,
         bias,

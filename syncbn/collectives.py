@@ -16,7 +16,16 @@ from syncbn import settings
 from syncbn.errors import ArgumentError, CollectiveError, DivergenceError
 from syncbn.groups import as_process_group
 from syncbn.kernels import Meetings
-from syncbn.shared_memory import LABEL_BYTES, Absent, Arrived, Failure, Obstacle, SharedMemoryExchange
+from syncbn.shared_memory import (
+    FORKED,
+    FORKED_OUTCOME,
+    LABEL_BYTES,
+    Absent,
+    Arrived,
+    Failure,
+    Obstacle,
+    SharedMemoryExchange,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -111,14 +120,33 @@ def meetings_in_shared_memory(group: ProcessGroup, forward: str, backward: str) 
     if not peers.has_decided:
         _decide(group, peers, _fitting(forward))
     handle = None if peers.exchange is None else peers.exchange.handle
-    return None if handle is None else Meetings(handle, peers.name, _fitting(forward), _fitting(backward))
+    return None if handle is None else Meetings(handle, _fitting(forward), _fitting(backward))
+
+
+def is_before_first_meeting(group: ProcessGroup) -> bool:
+    """Whether the group's ranks have yet to agree how to reduce, which is itself a meeting."""
+    return not _peers_of(group).has_decided
 
 
 def raise_exchange_failure(handle: int, outcome: int, label: str, num_values: int) -> NoReturn:
     """Raises what `all_reduce_sum` would have raised in the place of an operator that got this outcome."""
-    for peers in _peers.values():
-        if peers.exchange is not None and peers.exchange.handle == handle:
-            raise _error(peers.exchange.failure(outcome), peers, label, num_values)
+    if outcome == FORKED_OUTCOME:
+        raise CollectiveError(f"the all-reduce of {label} failed: {FORKED}")
+    peers = _peers_of(group_of_exchange(handle))
+    assert peers.exchange is not None
+    raise _error(peers.exchange.failure(outcome), peers, label, num_values)
+
+
+def group_of_exchange(handle: int) -> ProcessGroup:
+    """The group that `meetings_in_shared_memory` gave this handle for.
+
+    Raises:
+        ArgumentError: If it was destroyed.
+    """
+    with _new_groups:
+        for group, peers in _peers.items():
+            if peers.exchange is not None and peers.exchange.handle == handle:
+                return group
     raise ArgumentError(_DESTROYED)
 
 
@@ -143,6 +171,9 @@ class _Peers:
         rank: Of this process in the group.
         world: The default group at the time, whose end is that of all groups.
         exchange: In shared memory; None before it has been decided on, and where there is none.
+        has_decided: Whether the ranks have agreed on that.
+        reduced_last: The last payload that went through torch.distributed.
+        deciding: Held by the thread that decides.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
@@ -159,6 +190,7 @@ class _Peers:
 # A group must not be kept alive from here: its exchange ends when `destroy_process_group`, and every layer that holds
 # the group, have let go of it. A peer that waits for one that left meanwhile does so until the group's timeout.
 _peers: weakref.WeakKeyDictionary[ProcessGroup, _Peers] = weakref.WeakKeyDictionary()
+_new_groups = threading.Lock()  # held where `_peers` grows or is walked
 
 
 def _forsake_exchanges() -> None:
@@ -179,7 +211,8 @@ def _peers_of(group: ProcessGroup) -> _Peers:
         )
     peers = _peers.get(group)
     if peers is None:
-        peers = _peers[group] = _new_peers(group)
+        with _new_groups:
+            peers = _peers[group] = _new_peers(group)
     if peers.world() is not dist.group.WORLD:
         raise ArgumentError(_DESTROYED)
     return peers

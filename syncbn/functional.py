@@ -10,7 +10,7 @@ from syncbn import moments, operators
 from syncbn.activation import Activation, ActivationName, check_activation
 from syncbn.arguments import canonical_mask, check_input, check_options, check_parameters
 from syncbn.autograd import Normalize
-from syncbn.collectives import meetings_in_shared_memory, resolve_group
+from syncbn.collectives import is_before_first_meeting, meetings_in_shared_memory, resolve_group
 from syncbn.groups import LOCAL, group_name
 from syncbn.kernels import backend_for
 from syncbn.moments import RunningStatistics
@@ -192,6 +192,10 @@ def _train_at_once(
     if group is not None:
         if not input.is_cpu:
             return None
+        if is_before_first_meeting(group):  # an error is raised before anyone waits for anyone
+            check_input(input, residual)
+            mean, var = (None, None) if running is None else (running.mean, running.var)
+            check_parameters(input, mean, var, weight, bias)
         meetings = meetings_in_shared_memory(group, meeting("forward", name, input), meeting("backward", name, input))
         if meetings is None:
             return None

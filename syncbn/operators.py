@@ -13,7 +13,7 @@ import torch
 from syncbn import renormalization, steps, tracking
 from syncbn.activation import NAMES, Activation, ActivationName
 from syncbn.autograd import all_reduced_backward, differentiable_backward
-from syncbn.collectives import raise_exchange_failure, resolve_group
+from syncbn.collectives import group_of_exchange, raise_exchange_failure, resolve_group
 from syncbn.groups import group_named
 from syncbn.identity import layer_of
 from syncbn.kernels import backend_for
@@ -203,7 +203,7 @@ _library = torch.library.Library("syncbn", "FRAGMENT")  # type: ignore[no-untype
 _library.define(  # type: ignore[no-untyped-call]
     "differentiable_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
     "Tensor? output, Tensor? mask, Tensor statistics, int activation, float negative_slope, float eps, "
-    "str? group, str label) -> Tensor[]"
+    "int exchange, str label) -> Tensor[]"
 )
 _library.define(  # type: ignore[no-untyped-call]
     "raise_exchange_failure(int exchange, int outcome, str label, int num_values) -> ()"
@@ -224,13 +224,14 @@ def _differentiable_backward(
     activation: int,
     negative_slope: float,
     eps: float,
-    group: str | None,
+    exchange: int,
     label: str,
 ) -> list[torch.Tensor]:
-    """What csrc/layer.cpp calls where its gradient is to be differentiated again."""
+    """What csrc/layer.cpp calls where its gradient is to be differentiated again; `exchange` is 0 without peers."""
+    group = group_of_exchange(exchange) if exchange else None
     kind = Activation((None, *NAMES)[activation], negative_slope)
     gradients = differentiable_backward(
-        grad_output, input, weight, bias, residual, output, mask, statistics, kind, eps, _resolve(group), label
+        grad_output, input, weight, bias, residual, output, mask, statistics, kind, eps, group, label
     )
     return [input.new_empty(0) if gradient is None else gradient for gradient in gradients]
 

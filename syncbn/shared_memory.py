@@ -19,6 +19,8 @@ if sys.platform == "linux":
     import fcntl
 
 LABEL_BYTES = 200  # as in exchange.cpp
+FORKED_OUTCOME = 5  # as in exchange.cpp
+FORKED = "a forked child is no rank of its parent's process group; start ranks as processes"
 Gather = Callable[[list[int]], list[list[int]]]
 """Hands this rank's integers to every rank of the group; returns those of all, by rank."""
 
@@ -143,7 +145,7 @@ class SharedMemoryExchange:
             None, or why it did not take place; `payload` is then undefined.
         """
         if self._handle is None:
-            raise RuntimeError("a forked child is no rank of its parent's process group; start ranks as processes")
+            raise RuntimeError(FORKED)
         outcome = self._all_reduce_sum(self._handle, payload, label)
         return None if outcome == 0 else self.failure(outcome)
 

@@ -62,7 +62,7 @@ constexpr uint32_t kGivenUp = 1u << 31;
 constexpr uint32_t kDiverged = 1u << 30;
 constexpr uint32_t kRounds = kDiverged - 1;
 
-enum Outcome : int64_t { kComplete = 0, kDivergence = 1, kNotAllCame = 2, kRefused = 3, kClosed = 4 };
+enum Outcome : int64_t { kComplete = 0, kDivergence = 1, kNotAllCame = 2, kRefused = 3, kClosed = 4, kForked = 5 };
 
 static_assert(std::atomic<uint32_t>::is_always_lock_free && std::atomic<uint64_t>::is_always_lock_free,
               "a lock inside of an atomic would not be shared between processes");
@@ -136,7 +136,7 @@ class Exchange {
         bytes_(memory_bytes(world_size)) {
     memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
     TORCH_CHECK(memory_ != MAP_FAILED, "mmap of the exchange's memory: ", std::strerror(errno));
-    madvise(memory_, bytes_, MADV_DONTFORK);  // a forked child is no rank
+    madvise(memory_, bytes_, MADV_DONTFORK);  // a forked child is no rank, and finds nothing there
   }
 
   Exchange(const Exchange&) = delete;
@@ -149,6 +149,9 @@ class Exchange {
       if (fd >= 0) close(fd);
     }
   }
+
+  // Whether this process made it, and not the one that this was forked from.
+  bool is_own() const { return getpid() == pid_; }
 
   int64_t all_reduce_sum(double* values, size_t num_values, std::string_view label) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -326,6 +329,7 @@ class Exchange {
   uint32_t sleeps_in_a_row_ = 0;
   const std::vector<int> pidfds_;
   const size_t bytes_;
+  const pid_t pid_ = getpid();
   void* memory_;
   uint64_t round_ = 0;
   std::mutex mutex_;
@@ -367,7 +371,9 @@ int64_t exchange_all_reduce_sum(int64_t handle, const at::Tensor& payload, std::
               "payload: expected a contiguous float64 tensor, got ", payload.scalar_type());
   TORCH_CHECK(label.size() <= kLabelBytes, "label: expected at most ", kLabelBytes, " bytes, got ", label.size());
   const std::shared_ptr<Exchange> exchange = find(handle);
-  return exchange ? exchange->all_reduce_sum(payload.mutable_data_ptr<double>(), payload.numel(), label) : kClosed;
+  if (!exchange) return kClosed;
+  if (!exchange->is_own()) return kForked;
+  return exchange->all_reduce_sum(payload.mutable_data_ptr<double>(), payload.numel(), label);
 }
 
 std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<std::string>> exchange_report(int64_t handle) {

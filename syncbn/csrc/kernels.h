@@ -45,7 +45,7 @@ struct Tiling {
 
 constexpr int64_t kTileElements = 4096;  // 16 KiB of float32: the second pass over a tile finds it in the L1 cache
 
-inline Tiling planes_tiling(const Batch& batch) {
+static inline Tiling planes_tiling(const Batch& batch) {
   Tiling tiling{1, batch.s, 1, batch.n};
   if (batch.s > kTileElements) {
     const int64_t pieces = (batch.s + kTileElements - 1) / kTileElements;

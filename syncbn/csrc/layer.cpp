@@ -2,6 +2,8 @@
 // the passes is more than the passes themselves take on a small batch.
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -26,7 +28,7 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 // Where the ranks of a group meet in shared memory. `exchange` is 0 for a rank without peers.
 struct Meeting {
   int64_t exchange;
-  std::string group_name, forward, backward;
+  std::string forward, backward;
 };
 
 // Sums over the ranks, in place. What keeps them apart is told in Python: syncbn/operators.py defines
@@ -50,13 +52,19 @@ variable_list differentiable_backward(const Tensor& dy, const Tensor& x, const O
   static const auto op =
       find<variable_list(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
                          const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, int64_t,
-                         double, double, std::optional<std::string_view>, std::string_view)>(
-          "syncbn::differentiable_backward");
-  std::optional<std::string_view> group_name;
-  if (meeting.exchange) group_name = meeting.group_name;
-  return op.call(dy, x, weight, bias, residual, y, mask, statistics, activation, slope, eps, group_name,
+                         double, double, int64_t, std::string_view)>("syncbn::differentiable_backward");
+  return op.call(dy, x, weight, bias, residual, y, mask, statistics, activation, slope, eps, meeting.exchange,
                  meeting.backward);
 }
+
+// Whether what lies in memory is what the tensor says, and nobody is to be told of the operations on it: no negated
+// view, no tensor of zeros without memory, no subclass or transformation of torch.func. Kernels read memory as it is.
+bool is_plain(const Tensor& t) {
+  static const c10::DispatchKeySet usual({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                          c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
+  return usual.has_all(t.key_set());
+}
+bool is_plain(const OptionalTensor& t) { return !t || is_plain(*t); }
 
 constexpr int64_t kSilu = 3;  // of kernels.h
 
@@ -79,11 +87,13 @@ class Layer : public torch::autograd::Function<Layer> {
     ctx->save_for_backward({x, undefined(weight), undefined(bias), saves_residual ? undefined(residual) : Tensor(),
                             saves_output ? y : Tensor(), statistics});
     ctx->saved_data["options"] = std::make_tuple(activation, slope, eps, residual.has_value());
-    ctx->saved_data["meeting"] = std::make_tuple(meeting.exchange, meeting.group_name, meeting.backward);
+    ctx->saved_data["meeting"] = std::make_tuple(meeting.exchange, meeting.backward);
     return y;
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list dy) {
+  static variable_list backward(AutogradContext* ctx, variable_list outputs) {
+    const Tensor dy = outputs[0]._is_zerotensor() ? at::zeros(outputs[0].sizes(), outputs[0].options())
+                                                  : outputs[0].resolve_neg();
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &statistics = saved[5];
     const OptionalTensor weight = optional(saved[1]), bias = optional(saved[2]), residual = optional(saved[3]),
@@ -91,22 +101,22 @@ class Layer : public torch::autograd::Function<Layer> {
     const auto [activation, slope, eps, has_residual] =
         ctx->saved_data["options"].to<std::tuple<int64_t, double, double, bool>>();
     Meeting meeting{};
-    std::tie(meeting.exchange, meeting.group_name, meeting.backward) =
-        ctx->saved_data["meeting"].to<std::tuple<int64_t, std::string, std::string>>();
+    std::tie(meeting.exchange, meeting.backward) = ctx->saved_data["meeting"].to<std::tuple<int64_t, std::string>>();
     // Autograd counts the tensors among the arguments, leaving out those that were not given.
     size_t next = 1;
     const bool needs_input = ctx->needs_input_grad(0), needs_weight = weight && ctx->needs_input_grad(next++),
-               needs_bias = bias && ctx->needs_input_grad(next++), needs_residual = has_residual && ctx->needs_input_grad(next);
+               needs_bias = bias && ctx->needs_input_grad(next++),
+               needs_residual = has_residual && ctx->needs_input_grad(next);
     variable_list gradients;
-    if (at::GradMode::is_enabled()) {  // create_graph=True
-      gradients = differentiable_backward(dy[0], x, weight, bias, residual, y, std::nullopt, statistics, activation,
+    if (at::GradMode::is_enabled() || !is_plain(dy)) {  // the former with create_graph=True
+      gradients = differentiable_backward(dy, x, weight, bias, residual, y, std::nullopt, statistics, activation,
                                           slope, eps, meeting);
     } else {
       auto [sums, grad, grad_weight, grad_bias] =
-          gradient_sums(dy[0], x, statistics, weight, bias, y, residual, std::nullopt, activation, slope);
+          gradient_sums(dy, x, statistics, weight, bias, y, residual, std::nullopt, activation, slope);
       // Always, even where this rank's input needs no gradient: another rank's may, and every rank has to come.
       if (meeting.exchange) all_reduce_sum(sums, meeting.exchange, meeting.backward);
-      const Tensor g = grad.value_or(dy[0]);
+      const Tensor g = grad.value_or(dy);
       gradients = {needs_input ? input_gradient(g, x, statistics, sums, weight, std::nullopt) : Tensor(),
                    undefined(grad_weight), undefined(grad_bias), g};
     }
@@ -117,23 +127,25 @@ class Layer : public torch::autograd::Function<Layer> {
 };
 
 bool fits_channels(const Tensor& x, const OptionalTensor& t) {
-  return !t || (t->dim() == 1 && t->size(0) == x.size(1) && t->device() == x.device() &&
-                (t->scalar_type() == x.scalar_type() ||
-                 (t->scalar_type() == at::kFloat && (x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16))));
+  if (!t) return true;
+  const at::ScalarType type = x.scalar_type();
+  const bool half = type == at::kHalf || type == at::kBFloat16;
+  return is_plain(*t) && t->dim() == 1 && t->size(0) == x.size(1) &&
+         (t->scalar_type() == type || (half && t->scalar_type() == at::kFloat));
 }
 
 bool fits_counter(const OptionalTensor& t) {
-  return !t || (t->scalar_type() == at::kLong && t->numel() == 1 && t->device().is_cpu());
+  return !t || (is_plain(*t) && t->scalar_type() == at::kLong && t->numel() == 1);
 }
 
-// What syncbn/arguments.py checks; it then says what is wrong.
+// What syncbn/arguments.py checks, which then says what is wrong; and that no mode wants to see the operations.
 bool fits(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
           const OptionalTensor& running_mean, const OptionalTensor& running_var) {
   const at::ScalarType type = x.scalar_type();
-  return x.device().is_cpu() && x.layout() == at::kStrided && x.dim() >= 2 && x.numel() > x.size(1) &&
+  return !c10::impl::dispatch_mode_enabled() && is_plain(x) && is_plain(residual) && x.dim() >= 2 &&
+         x.numel() > x.size(1) &&
          (type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16) &&
-         (!residual || (residual->sizes() == x.sizes() && residual->scalar_type() == type &&
-                        residual->device() == x.device() && residual->layout() == at::kStrided)) &&
+         (!residual || (residual->sizes() == x.sizes() && residual->scalar_type() == type)) &&
          fits_channels(x, weight) && fits_channels(x, bias) && fits_channels(x, running_mean) &&
          fits_channels(x, running_var);
 }
@@ -142,13 +154,13 @@ OptionalTensor layer(const Tensor& x, const OptionalTensor& weight, const Option
                      const OptionalTensor& residual, const OptionalTensor& running_mean,
                      const OptionalTensor& running_var, const OptionalTensor& num_batches,
                      const OptionalTensor& num_nonfinite, std::optional<double> momentum, double eps,
-                     int64_t activation, double slope, int64_t exchange, std::string_view group_name,
-                     std::string_view forward, std::string_view backward) {
+                     int64_t activation, double slope, int64_t exchange, std::string_view forward,
+                     std::string_view backward) {
   if (!fits(x, weight, bias, residual, running_mean, running_var) || !fits_counter(num_batches) ||
       !fits_counter(num_nonfinite)) {
     return std::nullopt;
   }
-  const Meeting meeting{exchange, std::string(group_name), std::string(forward), std::string(backward)};
+  const Meeting meeting{exchange, std::string(forward), std::string(backward)};
   return Layer::apply(x, weight, bias, residual, running_mean, running_var, num_batches, num_nonfinite, momentum, eps,
                       activation, slope, meeting);
 }
@@ -159,7 +171,7 @@ TORCH_LIBRARY_FRAGMENT(syncbn_native, m) {
   m.def(
       "layer(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches, Tensor(d!)? num_nonfinite, float? momentum, float eps, "
-      "int activation, float negative_slope, int exchange, str group_name, str forward, str backward) -> Tensor?");
+      "int activation, float negative_slope, int exchange, str forward, str backward) -> Tensor?");
 }
 
 TORCH_LIBRARY_IMPL(syncbn_native, CompositeImplicitAutograd, m) { m.impl("layer", layer); }

@@ -89,7 +89,8 @@ SYNCBN_INLINE void for_overlapping_vectors(int64_t length, F f) {
   for (; i + width <= length; i += width) f(i, All{}, Slot<0>{}, All{});
   if (i == length) return;
   if (length < width) {
-    f(0, First{static_cast<int>(length)}, Slot<0>{}, All{});
+    const First lanes{static_cast<int>(length)};
+    f(0, lanes, Slot<0>{}, lanes);
   } else {
     f(length - width, All{}, Slot<kNumSlots - 1>{}, Last{static_cast<int>(length - i)});
   }
@@ -173,23 +174,24 @@ SYNCBN_INLINE int64_t rows_per_tile(int64_t channels) {
 }
 
 // Rows that a pass takes side by side, which loads what belongs to a channel once for all of them. Memory is fastest in
-// its own order, a row at a time; but few vectors are a row of their own, and rows of a page and more are streams that
+// its own order, a row at a time; but in short rows the loads weigh more, and rows of a page and more are streams that
 // the processor follows side by side.
 constexpr int kBand = 2;
+constexpr int64_t kShortRow = 256, kPage = 4096;  // bytes
 
 // The distance between the rows of a band, which has to be the same in all tensors; 0 where rows go one by one.
-template <class T>
-SYNCBN_INLINE int64_t band_stride(int64_t channels, std::initializer_list<Stream> streams) {
-  const int64_t bytes = channels * static_cast<int64_t>(sizeof(T)), stride = streams.begin()->inner;
-  if (bytes > 256 && bytes < 4096) return 0;
+template <class T, int kStreams>
+SYNCBN_INLINE int64_t band_stride(int64_t channels, const Stream (&streams)[kStreams]) {
+  const int64_t bytes = channels * static_cast<int64_t>(sizeof(T)), stride = streams[0].inner;
+  if (bytes > kShortRow && bytes < kPage) return 0;
   for (const Stream& stream : streams) {
     if (stream.data && stream.inner != stride) return 0;
   }
   return stride;
 }
 
-// Calls f(row, Slot<rows>) for the rows [begin, end) of a sample, in bands or one by one, and skip(row) for those that its
-// mask leaves out.
+// Calls f(row, Slot<rows>) for the rows [begin, end) of a sample, in bands or one by one, and skip(row) for those that
+// its mask leaves out.
 template <class F, class Skip>
 SYNCBN_INLINE void for_bands(int64_t begin, int64_t end, bool bands, const uint8_t* mask, F f, Skip skip) {
   int64_t r = begin;
@@ -210,6 +212,10 @@ SYNCBN_INLINE T* at(const Stream& stream, int64_t outer, int64_t inner) {
   return static_cast<T*>(stream.data) + outer * stream.outer + inner * stream.inner;
 }
 
+SYNCBN_INLINE const uint8_t* mask_at(const Batch& batch, int64_t n, int64_t s) {
+  return batch.mask ? batch.mask + n * batch.s + s : nullptr;
+}
+
 template <class A>
 SYNCBN_INLINE Real<A> sum_slots(const Real<A> (&slots)[kSlots]) {
   return (slots[0] + slots[1]) + (slots[2] + slots[3]);
@@ -220,18 +226,12 @@ SYNCBN_INLINE int64_t count_in(const Batch& batch, const Tile& tile) {
   if (!batch.mask) return tile.planes * tile.positions;
   int64_t count = 0;
   for (int64_t n = tile.n; n < tile.n + tile.planes; ++n) {
-    const uint8_t* mask = batch.mask + n * batch.s + tile.s;
+    const uint8_t* mask = mask_at(batch, n, tile.s);
     uint32_t counted = 0;
     for (int64_t i = 0; i < tile.positions; ++i) counted += mask[i] != 0;
     count += counted;
   }
   return count;
-}
-
-// target[c] += value, lane by lane.
-template <class L>
-SYNCBN_INLINE void add_to(double* target, Real<double> value, L lanes) {
-  store(target, load(target, lanes) + value, lanes);
 }
 
 // The lanes of a vector of A as one or two vectors of doubles: f(offset, its lanes, which half).
@@ -297,7 +297,7 @@ void plane_moments(const Batch& batch, const Stream& x, const Part& part, double
         for (int64_t k = 0; k < tile.channels; ++k) values[k] = Real<A>{};
         for_planes(tile, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
           const T* p = at<const T>(x, n, tile.c + k) + tile.s;
-          const uint8_t* mask = batch.mask + n * batch.s + tile.s;
+          const uint8_t* mask = mask_at(batch, n, tile.s);
           Real<A> slots[kSlots] = {};
           for_vectors<A>(tile.positions, [&](int64_t i, auto lanes, auto slot) __attribute__((always_inline)) {
             Real<A> value = load(p + i, lanes);
@@ -318,7 +318,7 @@ void plane_moments(const Batch& batch, const Stream& x, const Part& part, double
           constexpr int64_t run = kRun * kSlots * kWidth<A>;
           for (int64_t begin = 0; begin < tile.positions; begin += run) {
             const T* p = at<const T>(x, n, tile.c + k) + tile.s + begin;
-            const uint8_t* mask = batch.mask + n * batch.s + tile.s + begin;
+            const uint8_t* mask = mask_at(batch, n, tile.s + begin);
             const int64_t length = smaller(tile.positions - begin, run);
             Real<A> run_d[kSlots] = {}, run_d2[kSlots] = {};
             for_vectors<A>(length, [&](int64_t i, auto lanes, auto slot) __attribute__((always_inline)) {
@@ -355,7 +355,7 @@ void row_moments(const Batch& batch, const Stream& x, const Part& part, double* 
   double done = 0;  // rows that `sum` and `sum_of_squares` hold about `pivots`
   for_row_tiles(batch, part.begin, part.end, rows_per_tile(batch.c), [&](int64_t n, int64_t s, int64_t rows) {
     const T* first = at<const T>(x, n, s);
-    const uint8_t* mask = batch.mask + n * batch.s + s;
+    const uint8_t* mask = mask_at(batch, n, s);
     int64_t count = rows;
     if constexpr (kMasked) {
       count = 0;
@@ -450,7 +450,7 @@ SYNCBN_INLINE void map_planes(const Batch& batch, const Op op, Range range) {
   int64_t s = range.begin % batch.s, n = first / batch.c, c = first % batch.c;
   for (int64_t done = range.begin; done < range.end;) {
     const int64_t positions = smaller(batch.s - s, range.end - done);
-    const uint8_t* mask = batch.mask ? batch.mask + n * batch.s + s : nullptr;
+    const uint8_t* mask = mask_at(batch, n, s);
     const auto coefficients = op.broadcast_coefficients(c);
     const auto place = op.place(n, c, s);
     for_overlapping_vectors<A, 1>(
@@ -474,7 +474,7 @@ SYNCBN_INLINE void map_rows(const Batch& batch, const Op op, Range range) {
   const int64_t channels = batch.c, stride = op.band_stride(channels);
   for_row_tiles(batch, range.begin, range.end, range.end, [&](int64_t n, int64_t s, int64_t rows) {
     for_bands(
-        s, s + rows, stride != 0, batch.mask ? batch.mask + n * batch.s : nullptr,
+        s, s + rows, stride != 0, mask_at(batch, n, 0),
         [&](int64_t r, auto height) __attribute__((always_inline)) {
           const auto place = op.place(n, r, 0);
           for_overlapping_vectors<A, 1>(channels, [&](int64_t c, auto lanes, auto, auto) __attribute__((always_inline)) {
@@ -683,7 +683,7 @@ void plane_gradient_sums(const Batch& batch, const syncbn::GradientSums& argumen
                              __attribute__((always_inline)) {
     const Affine<A> coefficients = gradient.broadcast_coefficients(c);
     const auto place = gradient.place(n, c, tile.s);
-    const uint8_t* mask = batch.mask + n * batch.s + tile.s;
+    const uint8_t* mask = mask_at(batch, n, tile.s);
     Real<A> slots[kSlots] = {}, product_slots[kSlots] = {};
     for_overlapping_vectors<A, kSlots>(
         tile.positions, [&](int64_t i, auto lanes, auto slot, auto fresh) __attribute__((always_inline)) {
@@ -744,8 +744,9 @@ void row_gradient_sums(const Batch& batch, const syncbn::GradientSums& arguments
   const Gradient<T, kActivation> gradient{arguments};
   const int64_t all_channels = batch.c;
   const int64_t stride = gradient.band_stride(all_channels);
-  for_row_tiles(batch, part.begin, part.end, smaller(rows_per_tile(all_channels), kRows), [&](int64_t n, int64_t s, int64_t rows) {
-    const uint8_t* mask = batch.mask ? batch.mask + n * batch.s : nullptr;
+  const int64_t most_rows = smaller(rows_per_tile(all_channels), kRows);
+  for_row_tiles(batch, part.begin, part.end, most_rows, [&](int64_t n, int64_t s, int64_t rows) {
+    const uint8_t* mask = mask_at(batch, n, 0);
     for (int64_t first = 0; first < all_channels; first += kSpan) {
       const int64_t channels = smaller(all_channels - first, kSpan);
       alignas(64) A totals[kSpan], totals_of_products[kSpan];

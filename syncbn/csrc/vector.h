@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
 
 #if defined(__x86_64__)
 #include <immintrin.h>

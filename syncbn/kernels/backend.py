@@ -28,13 +28,11 @@ class Meetings(NamedTuple):
 
     Attributes:
         exchange: Handle of the group's exchange.
-        group_name: What torch calls the group.
         forward: Label of the forward's all-reduce.
         backward: Label of the backward's.
     """
 
     exchange: int
-    group_name: str
     forward: str
     backward: str
 

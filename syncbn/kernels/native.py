@@ -110,4 +110,4 @@ def layer(
 
 
 _NOTHING_RUNS = (None, None, None, None, None)
-_NOBODY_MEETS = (0, "", "", "")
+_NOBODY_MEETS = (0, "", "")

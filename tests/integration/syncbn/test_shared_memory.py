@@ -315,11 +315,14 @@ def test_a_new_group_in_the_same_processes_works_again(tmp_path):
     assert run_ranks(2, _twice, str(tmp_path)) == [[3.0, 3.0]] * 2
 
 
-def _in_a_forked_child(rank):
+def _in_a_forked_child(rank, in_backward):
     group = new_exchange()
+    output = SyncBatchNorm(3)(torch.randn(2, 3, requires_grad=True))
     pid = os.fork()
     if pid == 0:
         try:
+            if in_backward:
+                output.sum().backward()
             all_reduce_sum(torch.ones(1, dtype=torch.float64), group, LABEL)
         except CollectiveError as error:
             os._exit(42 if "forked child" in str(error) else 1)
@@ -330,8 +333,9 @@ def _in_a_forked_child(rank):
     return os.waitstatus_to_exitcode(status), payload.item()
 
 
-def test_a_forked_child_is_refused_and_leaves_its_parent_alone():
-    assert run_ranks(2, _in_a_forked_child) == [(42, 2.0)] * 2
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_forked_child_is_refused_and_leaves_its_parent_alone(in_backward):
+    assert run_ranks(2, _in_a_forked_child, in_backward) == [(42, 2.0)] * 2
 
 
 def _one_leaves(rank):

@@ -95,6 +95,52 @@ def test_ranks_in_different_layers_get_an_error_in_the_backward():
         assert "rank 1 in the backward of second (6 channels, torch.float32) with 12 values" in text
 
 
+def _on_their_own_ways(rank, first_apart):
+    """Rank 0 always has a mask, rank 1 is empty, rank 2 holds one value, or like rank 3 takes the operator."""
+    layer = SyncBatchNorm(CHANNELS, dtype=torch.float64)
+    sizes = [[3, 0, 1, 2], [2, 2, 2, 2]]
+    outputs = []
+    for apart in (first_apart, not first_apart):
+        batches = [
+            torch.randn(n, CHANNELS, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+            for n in sizes[0 if apart else 1]
+        ]
+        x = batches[rank].clone().requires_grad_()
+        mask = torch.ones(len(x), 1, dtype=torch.bool) if apart and rank == 0 else None
+        y = layer(x) if mask is None else layer(x, mask=mask)
+        (y.square() * torch.arange(CHANNELS)).sum().backward()
+        outputs.append((batches, y.detach(), x.grad))
+    return outputs, layer.running_mean
+
+
+@pytest.mark.parametrize("first_apart", [True, False])
+def test_ranks_meet_whichever_way_each_takes(first_apart):
+    ranks = run_ranks(4, _on_their_own_ways, first_apart)
+    running_mean = torch.zeros(CHANNELS, dtype=torch.float64)
+    for step in range(2):
+        batches = ranks[0][0][step][0]
+        x = torch.cat(batches).requires_grad_()
+        y = torch.nn.functional.batch_norm(x, running_mean, torch.ones_like(running_mean), training=True)
+        (y.square() * torch.arange(CHANNELS)).sum().backward()
+        torch.testing.assert_close(torch.cat([outputs[step][1] for outputs, _ in ranks]), y.detach())
+        torch.testing.assert_close(torch.cat([outputs[step][2] for outputs, _ in ranks]), x.grad)
+    assert all(torch.allclose(mean, running_mean) for _, mean in ranks)
+
+
+def _twice_differentiated_after_the_group_is_gone(rank):
+    pair = dist.new_group()
+    x = torch.randn(2, CHANNELS, requires_grad=True)
+    y = SyncBatchNorm(CHANNELS, process_group=pair)(x).sum()
+    dist.destroy_process_group(pair)
+    del pair
+    with pytest.raises(ArgumentError, match="process_group: it was destroyed"):
+        torch.autograd.grad(y, x, create_graph=True)
+
+
+def test_what_needs_a_group_that_is_gone_says_so():
+    run_ranks(2, _twice_differentiated_after_the_group_is_gone)
+
+
 def _destroyed_in_between(rank):
     y = SyncBatchNorm(CHANNELS)(torch.randn(2, CHANNELS, requires_grad=True)).sum()
     pair = dist.new_group()

@@ -324,6 +324,29 @@ def test_large_batches_are_cut_between_threads(num_threads, shape, layout, activ
         assert torch.equal(value, again[name]), name  # whichever thread was first
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("channels", [63, 64, 1023, 1024, 1025, 1100, 2050])  # rows of which two go side by side
+@pytest.mark.parametrize("other_strides", [False, True], ids=["same strides", "other strides"])
+def test_short_and_long_rows(channels, other_strides, masked):
+    shape = (2, channels, 3, 3)
+    x, dy, residual = (LAYOUTS["channels_last"](random(*shape, dtype=torch.float32, seed=seed)) for seed in range(3))
+    if other_strides:
+        wide = LAYOUTS["channels_last"](random(2, channels + 5, 3, 3, dtype=torch.float32, seed=1))
+        dy = wide[:, 2 : channels + 2]
+    mask = random(2, 1, 3, 3, seed=5) > 0 if masked else None
+    for activation in (IDENTITY, Activation("relu"), Activation("silu")):
+        check(
+            Step(x=x, dy=dy, residual=residual, mask=mask, activation=activation, **parameters(channels, torch.float32))
+        )
+
+
+def test_lanes_beyond_a_short_plane_reach_no_sum():
+    x = torch.full((1, 2, 5), 3e36)  # where silu's z overflows for what is not there
+    statistics = torch.tensor([3e36, 3e36, 300.0, 300.0, 5.0], dtype=torch.float64)
+    g = kernels.gradient_sums(x * 0 + 1, x, statistics, None, None, None, None, None, Activation("silu"))
+    assert g.sums.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["relu", "leaky_relu", "silu"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_activations_at_special_values(name, dtype):

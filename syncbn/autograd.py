@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.autograd.function import FunctionCtx
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from syncbn.activation import Activation
+    from syncbn.moments import RunningStatistics
 
 
 class _Context(FunctionCtx):
@@ -26,11 +27,21 @@ class _Context(FunctionCtx):
     label: str
 
 
+class ToFinalize(NamedTuple):
+    """Says that a batch comes with its payload, and its statistics are to be formed in the same pass.
+
+    Attributes:
+        running: Where to fold the batch in.
+    """
+
+    running: RunningStatistics | None
+
+
 class Normalize(torch.autograd.Function):
     """Normalizes with given statistics; the gradient goes through the statistics of all ranks.
 
-    The arguments are those of `Backend.normalize`, then eps, the group that the statistics come from, and what to
-    call the backward in errors.
+    The arguments are those of `Backend.normalize`, then eps, the group that the statistics come from, what to call the
+    backward in errors, and whether the statistics are still those `[Σx, Σx², n]` that the group has reduced.
     """
 
     @staticmethod
@@ -46,15 +57,22 @@ class Normalize(torch.autograd.Function):
         eps: float,
         group: ProcessGroup | None,
         label: str,
+        to_finalize: ToFinalize | None,
     ) -> torch.Tensor:
         """The output, shape (N, C, *)."""
-        output = backend_for(input).normalize(input, statistics, weight, bias, residual, mask, activation)
+        backend = backend_for(input)
+        if to_finalize is None:
+            output = backend.normalize(input, statistics, weight, bias, residual, mask, activation)
+        else:
+            output, statistics = backend.finalize_and_normalize(
+                input, statistics, eps, to_finalize.running, weight, bias, residual, mask, activation
+            )
         ctx.save_for_backward(
             input,
             weight,  # type: ignore[arg-type]
             bias,  # type: ignore[arg-type]
             residual if activation.saves_residual else None,  # type: ignore[arg-type]
-            output if activation.saves_output else None,  # type: ignore[arg-type]
+            output if backend.saves_output(activation, has_residual=residual is not None) else None,  # type: ignore[arg-type]
             mask,  # type: ignore[arg-type]
             statistics,
         )
@@ -72,7 +90,7 @@ class Normalize(torch.autograd.Function):
             gradients = tuple(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False))
         else:
             gradients = all_reduced_backward(grad_output, *saved, ctx.group, ctx.label, ctx.needs_input_grad[:4])
-        return *gradients, None, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None, None
 
 
 def all_reduced_backward(
@@ -91,14 +109,14 @@ def all_reduced_backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of input, weight, bias and residual; None where `needs`, in the same order, is False."""
     backend = backend_for(input)
-    sums, grad, grad_weight, grad_bias = backend.gradient_sums(
+    sums, grad, grad_weight, grad_bias, remaining = backend.gradient_sums(
         grad_output, input, statistics, weight, bias, output, residual, mask, activation
     )
     # Always, even where this rank's input needs no gradient: another rank's may, and every rank has to come.
     all_reduce_sum(sums, group, label)
     needs_input, needs_weight, needs_bias, needs_residual = needs
     return (
-        backend.input_gradient(grad, input, statistics, sums, weight, mask) if needs_input else None,
+        backend.input_gradient(grad, input, statistics, sums, weight, bias, mask, remaining) if needs_input else None,
         grad_weight if needs_weight else None,
         grad_bias if needs_bias else None,
         grad if needs_residual else None,
@@ -141,18 +159,18 @@ def differentiable_backward(
     normalized = (centered - (first / n).to(dtype).view(shape)) * invstd.to(dtype).view(shape)
 
     grad = grad_output.to(dtype)
-    if activation.saves_output:
-        assert output is not None
-        slope = activation.negative_slope if activation.name == "leaky_relu" else 0
-        grad = torch.where(output <= 0, grad * slope, grad)
-    elif activation.name == "silu":
+    if activation.name is not None and output is None:
         z = normalized * gamma.to(dtype).view(shape)
         if bias is not None:
             z = z + bias.to(dtype).view(shape)
         if residual is not None:
             z = z + residual.to(dtype)
+    if activation.name == "silu":
         sigmoid = z.sigmoid()
         grad = grad * (sigmoid * (1 + z * (1 - sigmoid)))
+    elif activation.name is not None:
+        slope = activation.negative_slope if activation.name == "leaky_relu" else 0
+        grad = torch.where((z if output is None else output) <= 0, grad * slope, grad)
     if mask is not None:
         grad = torch.where(mask, grad, 0)  # silu's, where γ or β is a NaN
 

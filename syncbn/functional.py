@@ -9,7 +9,7 @@ from syncbn import activation as _activation
 from syncbn import moments, operators
 from syncbn.activation import Activation, ActivationName, check_activation
 from syncbn.arguments import canonical_mask, check_input, check_options, check_parameters
-from syncbn.autograd import Normalize
+from syncbn.autograd import Normalize, ToFinalize
 from syncbn.collectives import is_before_first_meeting, meetings_in_shared_memory, resolve_group
 from syncbn.groups import LOCAL, group_name
 from syncbn.kernels import backend_for
@@ -214,18 +214,19 @@ def _train(
 ) -> torch.Tensor:
     _, _, eps, process_group, activation, renormalization, name, _, collector, probe = options
     group = None if process_group == LOCAL else resolve_group(process_group)
-    # A backend finalizes and folds in at once, unless something has to happen between the two or instead.
-    at_once = renormalization is None and collector is None
-    folded_in = running if at_once and not is_recomputation() else None
     if renormalization is not None:
         refuse_recomputation(name, collector)
     with torch.no_grad():
-        payload = reduced_moments(input, mask, group, name, probe)
-        statistics = backend_for(input).finalize(payload, eps, folded_in)
-        if running is not None and not at_once:
-            if renormalization is not None:
-                r, d = correction(statistics, running.mean, running.var, renormalization, eps)
-            track(running, payload, collector)
+        statistics = payload = reduced_moments(input, mask, group, name, probe)
+        to_finalize = None
+        if renormalization is None and collector is None:
+            to_finalize = ToFinalize(None if is_recomputation() else running)
+        else:  # something has to happen between the two passes, or to something else than the running statistics
+            statistics = backend_for(input).finalize(payload, eps, None)
+            if running is not None:
+                if renormalization is not None:
+                    r, d = correction(statistics, running.mean, running.var, renormalization, eps)
+                track(running, payload, collector)
     if renormalization is not None:
         weight, bias = corrected(weight, bias, r, d)
     output: torch.Tensor = Normalize.apply(  # type: ignore[no-untyped-call]
@@ -239,6 +240,7 @@ def _train(
         eps,
         group,
         "" if group is None else meeting("backward", name, input),
+        to_finalize,
     )
     return output
 

@@ -181,7 +181,7 @@ def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: torch.Tensor)
         weight,
         bias,
         residual if kind.saves_residual else None,
-        output if kind.saves_output else None,
+        output if backend_for(input).saves_output(kind, has_residual=residual is not None) else None,
         mask,
         statistics,
         identity,

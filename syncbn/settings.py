@@ -16,6 +16,11 @@ def native() -> bool:
     return _switch("SYNCBN_NATIVE", default=True)
 
 
+def triton() -> bool:
+    """SYNCBN_TRITON=0: do without the Triton kernels. Read at each GPU's first batch."""
+    return _switch("SYNCBN_TRITON", default=True)
+
+
 def shared_memory() -> bool:
     """SYNCBN_SHARED_MEMORY=0: never exchange through shared memory. Read at each group's first batch."""
     return _switch("SYNCBN_SHARED_MEMORY", default=True)

@@ -2,7 +2,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from syncbn.activation import Activation
+from syncbn.activation import IDENTITY, Activation
 from syncbn.moments import RunningStatistics
 
 
@@ -12,15 +12,18 @@ class GradientSums(NamedTuple):
     Attributes:
         sums: `[Σg, Σg·(x − mean)]`, shape (2, C), float64, for the all-reduce, which overwrites it.
         grad: g, the gradient before activation and mask, which is also the residual's: shape (N, C, *), the dtype
-            and memory format of x. dy itself where there is neither activation nor mask.
+            and memory format of x. dy itself where there is neither activation nor mask, or where they remain.
         grad_weight: dγ = Σg·(x − mean)/σ, shape (C,), weight's dtype; None without a weight.
         grad_bias: dβ = Σg, shape (C,), bias's dtype; None without a bias.
+        remaining: Activation that `input_gradient` still has to undo in `grad`, by x alone, and its mask with it;
+            never where there was a residual.
     """
 
     sums: torch.Tensor
     grad: torch.Tensor
     grad_weight: torch.Tensor | None
     grad_bias: torch.Tensor | None
+    remaining: Activation = IDENTITY
 
 
 class Meetings(NamedTuple):
@@ -48,6 +51,10 @@ class Backend(Protocol):
     and y, g and dx are 0 there.
     """
 
+    def saves_output(self, activation: Activation, *, has_residual: bool) -> bool:
+        """Whether `gradient_sums` is to be given y."""
+        ...
+
     def moments(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The payload `[Σx, Σx², n]` over this rank's samples."""
         ...
@@ -69,6 +76,21 @@ class Backend(Protocol):
         """Y = f(γ(x − mean)/σ + β + residual), in the dtype and memory format of x."""
         ...
 
+    def finalize_and_normalize(
+        self,
+        x: torch.Tensor,
+        payload: torch.Tensor,
+        eps: float,
+        running: RunningStatistics | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        activation: Activation,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`finalize`, then `normalize`: y and the statistics."""
+        ...
+
     def gradient_sums(
         self,
         dy: torch.Tensor,
@@ -81,7 +103,7 @@ class Backend(Protocol):
         mask: torch.Tensor | None,
         activation: Activation,
     ) -> GradientSums:
-        """The first pass of the backward; y is given for relu and leaky_relu, the residual (if any) for silu.
+        """The first pass of the backward; y is given where `saves_output` asks for it, the residual (if any) for silu.
 
         At relu's and leaky_relu's zero the gradient is that of the side below, and a NaN of y lets dy through, as in
         torch.nn.functional.
@@ -95,9 +117,11 @@ class Backend(Protocol):
         statistics: torch.Tensor,
         sums: torch.Tensor,
         weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
         mask: torch.Tensor | None,
+        remaining: Activation,
     ) -> torch.Tensor:
-        """Dx from g and the reduced sums, in the dtype and memory format of x."""
+        """Dx from what `gradient_sums` left and the reduced sums, in the dtype and memory format of x."""
         ...
 
     def layer(

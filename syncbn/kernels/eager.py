@@ -21,6 +21,11 @@ CPU_TILE_ELEMENTS = 1 << 19  # per thread: 2 MiB of float32; smaller tiles lose 
 DEVICE_TILE_ELEMENTS = 1 << 24  # elsewhere a tile bounds the temporary's memory; launches cost more than cache
 
 
+def saves_output(activation: Activation, *, has_residual: bool) -> bool:
+    """As `Backend.saves_output`: to form the output's sign again would be one more pass's arithmetic."""
+    return activation.saves_output
+
+
 def moments(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """`[Σx, Σx², n]`, each tile's moments taken about the tile's own mean.
 
@@ -108,6 +113,22 @@ def normalize(
     return y
 
 
+def finalize_and_normalize(
+    x: torch.Tensor,
+    payload: torch.Tensor,
+    eps: float,
+    running: RunningStatistics | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    activation: Activation,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Backend.finalize_and_normalize`."""
+    statistics = finalize(payload, eps, running)
+    return normalize(x, statistics, weight, bias, residual, mask, activation), statistics
+
+
 def gradient_sums(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -191,7 +212,9 @@ def input_gradient(
     statistics: torch.Tensor,
     sums: torch.Tensor,
     weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
     mask: torch.Tensor | None,
+    remaining: Activation,
 ) -> torch.Tensor:
     """The gradient (g + (x − pivot) · x_factor) · scale + shift.
 
@@ -201,7 +224,9 @@ def input_gradient(
         statistics: `[mean, 1/σ, n]`, shape (2C + 1,).
         sums: Reduced `[Σg, Σg·(x − mean)]`, shape (2, C).
         weight: γ, shape (C,), or None for 1.
+        bias: Not needed where nothing remains.
         mask: Shape (N, 1, *), or None; the gradient is 0 where it is False.
+        remaining: Nothing, as `gradient_sums` leaves it.
 
     Returns:
         Shape (N, C, *), the dtype and memory format of x.

@@ -8,7 +8,19 @@ import torch
 
 from syncbn.activation import Activation
 from syncbn.kernels.backend import GradientSums, Meetings
+from syncbn.kernels.eager import saves_output
 from syncbn.moments import RunningStatistics
+
+__all__ = [
+    "finalize",
+    "finalize_and_normalize",
+    "gradient_sums",
+    "input_gradient",
+    "layer",
+    "moments",
+    "normalize",
+    "saves_output",
+]
 
 _operators = torch.ops.syncbn_native
 _CODES = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3}  # Activation of csrc/kernels.h
@@ -46,6 +58,22 @@ def normalize(
     return y
 
 
+def finalize_and_normalize(
+    x: torch.Tensor,
+    payload: torch.Tensor,
+    eps: float,
+    running: RunningStatistics | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    activation: Activation,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Backend.finalize_and_normalize`."""
+    statistics = finalize(payload, eps, running)
+    return normalize(x, statistics, weight, bias, residual, mask, activation), statistics
+
+
 def gradient_sums(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -71,7 +99,9 @@ def input_gradient(
     statistics: torch.Tensor,
     sums: torch.Tensor,
     weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
     mask: torch.Tensor | None,
+    remaining: Activation,
 ) -> torch.Tensor:
     """As `Backend.input_gradient`."""
     dx: torch.Tensor = _operators.input_gradient(grad, x, statistics, sums, weight, mask)

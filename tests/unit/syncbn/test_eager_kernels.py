@@ -96,7 +96,7 @@ def run(batch: Batch) -> Step:
     payload = eager.moments(batch.x, batch.mask)
     statistics = eager.finalize(payload, batch.eps, None)
     y = eager.normalize(batch.x, statistics, batch.weight, batch.bias, batch.residual, batch.mask, batch.activation)
-    sums, grad, grad_weight, grad_bias = eager.gradient_sums(
+    sums, grad, grad_weight, grad_bias, remaining = eager.gradient_sums(
         batch.dy,
         batch.x,
         statistics,
@@ -107,7 +107,7 @@ def run(batch: Batch) -> Step:
         batch.mask,
         batch.activation,
     )
-    dx = eager.input_gradient(grad, batch.x, statistics, sums, batch.weight, batch.mask)
+    dx = eager.input_gradient(grad, batch.x, statistics, sums, batch.weight, batch.bias, batch.mask, remaining)
     return Step(payload=payload, y=y, dx=dx, grad_weight=grad_weight, grad_bias=grad_bias, grad_residual=grad)
 
 

@@ -152,7 +152,7 @@ def run(step: Step) -> dict[str, torch.Tensor | None]:
     payload = kernels.moments(x, mask)
     statistics = kernels.finalize(payload, EPS, None)
     y = kernels.normalize(x, statistics, weight, bias, residual, mask, activation)
-    sums, grad, grad_weight, grad_bias = kernels.gradient_sums(
+    sums, grad, grad_weight, grad_bias, remaining = kernels.gradient_sums(
         step.dy,
         x,
         statistics,
@@ -163,7 +163,7 @@ def run(step: Step) -> dict[str, torch.Tensor | None]:
         mask,
         activation,
     )
-    dx = kernels.input_gradient(grad, x, statistics, sums, weight, mask)
+    dx = kernels.input_gradient(grad, x, statistics, sums, weight, bias, mask, remaining)
     return {
         "payload": payload,
         "statistics": statistics,
@@ -425,7 +425,7 @@ def test_variance_and_output_hold_far_from_zero(shape, layout, mean, std):
     assert (y.double() - expected).abs().max() <= (1e-5 if far else 1e-6)
 
     sums = kernels.gradient_sums(dy, x, statistics, None, None, None, None, None, IDENTITY).sums
-    dx = kernels.input_gradient(dy, x, statistics, sums, None, None)
+    dx = kernels.input_gradient(dy, x, statistics, sums, None, None, None, IDENTITY)
     g, n = dy.double(), exact.numel() / exact.size(1)
     expected_dx = (
         g - g.mean(dims, keepdim=True) - expected * (g * expected).sum(dims, keepdim=True) / n

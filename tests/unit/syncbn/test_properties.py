@@ -114,7 +114,7 @@ def test_a_split_has_the_gradient_of_the_whole(case, seed):
     sums = reduced([part.sums for part in parts])
     # Up to 192 products of an x of at most 150 and a dy of 5, in another order.
     torch.testing.assert_close(sums, whole.sums, rtol=1e-12, atol=1e-10)
-    dx = backend.input_gradient(dy, x, statistics, sums, None, None)
+    dx = backend.input_gradient(dy, x, statistics, sums, None, None, None, IDENTITY)
     # A constant added to x changes no output, so Σdx is 0, up to rounding at the size of dx's terms.
     invstd = moments.split(statistics)[1]
     assert (dx.sum((0, 2)).abs() <= 1e-11 * invstd * dy.abs().sum()).all()

@@ -1,0 +1,224 @@
+"""How the passes over a batch are cut into programs and tiles: pure decisions, from shapes to numbers.
+
+The configurations are a small fixed set, chosen by shape; nothing is timed, so that no first step waits for a search.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+NUM_WARPS = 4
+_NUM_THREADS = 32 * NUM_WARPS
+_VECTOR_BYTES = 16  # what a thread loads at once
+_PROGRAMS_PER_PROCESSOR = 8
+_MAX_TILES_PER_PROGRAM = 8  # of the second pass: enough to pay for forming its columns' coefficients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a batch lies in memory.
+
+    Attributes:
+        is_planes: Whether a channel's values of a sample lie together, (N, C, S); else rows (M, C) hold every channel.
+        num_rows: N or M.
+        num_channels: C.
+        size: S, or 1.
+    """
+
+    is_planes: bool
+    num_rows: int
+    num_channels: int
+    size: int
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return self.num_rows * self.num_channels * self.size
+
+
+def layout_of(x: torch.Tensor) -> Layout | None:
+    """The layout of a dense batch, or None for one that has to be copied first.
+
+    Args:
+        x: Shape (N, C, *).
+    """
+    num_samples, num_channels = x.shape[:2]
+    if x.numel() == 0:
+        return Layout(is_planes=False, num_rows=0, num_channels=num_channels, size=1)
+    size = x.numel() // (num_samples * num_channels)
+    if x.dim() > 2 and x.movedim(1, -1).is_contiguous():  # asked first: with one position to a plane both hold
+        return Layout(is_planes=False, num_rows=num_samples * size, num_channels=num_channels, size=1)
+    if not x.is_contiguous():
+        return None
+    if size == 1:
+        return Layout(is_planes=False, num_rows=num_samples, num_channels=num_channels, size=1)
+    return Layout(is_planes=True, num_rows=num_samples, num_channels=num_channels, size=size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """Programs and tiles of a first pass; `reductions.moments` says what each number means."""
+
+    num_programs: int
+    num_splits: int
+    num_blocks: int
+    size_units: int
+    samples_per_program: int
+    chunks_per_part: int
+    num_parts: int
+    unit: int
+    vector: int
+    along: bool
+    j: int
+    r: int
+    k: int
+
+
+@functools.lru_cache(maxsize=4096)
+def reduction(layout: Layout, itemsize: int, *, has_mask: bool, num_tensors: int, num_processors: int) -> Reduction:
+    """How to cut a first pass.
+
+    Args:
+        layout: Of the batch.
+        itemsize: Bytes of a value.
+        has_mask: Whether there is one; a mask is not read by vectors that reach into a neighbouring plane.
+        num_tensors: How many tensors of the batch's size a tile reads.
+        num_processors: Of the GPU.
+    """
+    num_programs = _PROGRAMS_PER_PROCESSOR * num_processors
+    widest = _VECTOR_BYTES // itemsize
+    extent = layout.size if layout.is_planes else layout.num_channels
+    unit = _unit(extent)
+    vector = min(unit, widest)
+    if layout.is_planes and vector < widest and not has_mask and layout.numel % widest == 0:
+        vector = widest  # vectors reach into neighbouring planes
+    lead = vector - 1 if unit < vector else 0
+    sweep = _NUM_THREADS * vector
+    j = max(1, 32 // (vector * _power_of_two_from(num_tensors))) if layout.is_planes else max(2, 8 // num_tensors)
+    if layout.is_planes:
+        k = _tile_width(extent + lead, sweep, 8 * vector)
+        r = min(sweep // k, _power_of_two_from(layout.num_channels))
+        num_blocks = _ceil(layout.num_channels, r)
+        chunks = _ceil(extent + lead, k)
+        j = min(j, _power_of_two_from(max(chunks, layout.num_rows)))
+        along = _rounded_up(chunks, j) / chunks <= _rounded_up(layout.num_rows, j) / layout.num_rows
+        if along:
+            tiles = _ceil(chunks, j)  # of a plane
+            num_splits = min(layout.num_rows * tiles, _ceil(num_programs, num_blocks))
+            samples_per_program = max(1, layout.num_rows // num_splits)
+            tiles_per_part = _ceil(tiles, _ceil(num_splits, layout.num_rows))
+            chunks_per_part = tiles_per_part * j
+        else:
+            num_splits = min(_ceil(layout.num_rows, j), _ceil(num_programs, num_blocks))
+            samples_per_program = _rounded_up(_ceil(layout.num_rows, num_splits), j)
+            chunks_per_part = chunks
+        num_parts = _ceil(chunks, chunks_per_part)
+    else:
+        k = _tile_width(extent, min(sweep, 32 * vector), 8 * vector)
+        num_blocks = _ceil(extent, k)
+        r = min(sweep // k, _power_of_two_from(layout.num_rows))
+        j = min(j, _power_of_two_from(_ceil(layout.num_rows, r)))
+        tiles = max(1, _ceil(layout.num_rows, r * j))
+        num_splits = min(tiles, _ceil(num_programs, num_blocks))
+        samples_per_program = _ceil(tiles, num_splits) * r * j
+        chunks_per_part = num_parts = 1
+        along = False
+    num_splits = max(1, _ceil(layout.num_rows, samples_per_program)) * num_parts
+    return Reduction(
+        num_programs=num_splits * num_blocks,
+        num_splits=num_splits,
+        num_blocks=num_blocks,
+        size_units=extent // unit,
+        samples_per_program=samples_per_program,
+        chunks_per_part=chunks_per_part,
+        num_parts=num_parts,
+        unit=unit,
+        vector=vector,
+        along=along,
+        j=j,
+        r=r,
+        k=k,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map:
+    """Programs and tiles of a second pass; `maps.normalize` says what each number means."""
+
+    num_programs: int
+    num_blocks: int
+    columns_units: int
+    rows_per_program: int
+    unit: int
+    j: int
+    r: int
+    k: int
+    q: int
+
+
+@functools.lru_cache(maxsize=4096)
+def mapping(layout: Layout, itemsize: int, *, num_tensors: int, num_processors: int) -> Map:
+    """How to cut a second pass.
+
+    Args:
+        layout: Of the batch.
+        itemsize: Bytes of a value.
+        num_tensors: How many tensors of the batch's size a tile reads.
+        num_processors: Of the GPU.
+    """
+    columns = layout.num_channels * layout.size
+    unit = _unit(columns)
+    sweep = _NUM_THREADS * (_VECTOR_BYTES // itemsize)
+    j = min(4 if num_tensors == 1 else 2, _power_of_two_from(layout.num_rows))
+    if layout.is_planes:
+        k = min(2 * sweep if j == 1 else sweep, _power_of_two_from(columns))
+        q = 2 if layout.size >= k else _power_of_two_from(k // layout.size + 2)
+    else:
+        k = _tile_width(columns, min(sweep, 2 * _VECTOR_BYTES // itemsize * 32), 8 * _VECTOR_BYTES // itemsize)
+        q = k
+    r = min(max(1, sweep // k), _power_of_two_from(_ceil(layout.num_rows, j)))
+    num_blocks = _ceil(columns, k)
+    tiles = max(1, _ceil(layout.num_rows, j * r))
+    wanted = tiles * num_blocks // (_PROGRAMS_PER_PROCESSOR * num_processors)
+    tiles_per_program = max(1, min(wanted, _MAX_TILES_PER_PROGRAM, tiles))
+    return Map(
+        num_programs=num_blocks * _ceil(tiles, tiles_per_program),
+        num_blocks=num_blocks,
+        columns_units=columns // unit,
+        rows_per_program=tiles_per_program * j * r,
+        unit=unit,
+        j=j,
+        r=r,
+        k=k,
+        q=q,
+    )
+
+
+def _tile_width(extent: int, widest: int, narrowest: int) -> int:
+    """The widest power of two of which little is left over at the end; of those that leave much, the best."""
+    width = min(widest, _power_of_two_from(extent))
+    candidates = [width]
+    while width > narrowest:
+        width //= 2
+        candidates.append(width)
+    used = {width: extent / _rounded_up(extent, width) for width in candidates}
+    return next((width for width in candidates if used[width] >= 0.85), max(candidates, key=lambda width: used[width]))
+
+
+def _unit(extent: int) -> int:
+    """The largest power of two up to 16 that divides it; the kernels' compiler looks no further either."""
+    return min(16, extent & -extent)
+
+
+def _power_of_two_from(n: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _ceil(n: int, step: int) -> int:
+    return -(-n // step)
+
+
+def _rounded_up(n: int, step: int) -> int:
+    return _ceil(n, step) * step

@@ -3,14 +3,17 @@
 Batches that lie as NCHW or NHWC are read as they lie; any other costs a copy each way.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 
 from syncbn.activation import IDENTITY, Activation
 from syncbn.kernels.backend import GradientSums, Meetings
 from syncbn.kernels.triton import maps, reductions
 from syncbn.kernels.triton.constants import CODES
-from syncbn.kernels.triton.launch import arrivals, compute_type, launch, num_processors
-from syncbn.kernels.triton.plan import Layout, Map, Reduction, layout_of, mapping, reduction
+from syncbn.kernels.triton.launch import Launch, arrivals, compute_type, num_processors
+from syncbn.kernels.triton.plan import Layout, layout_of, mapping, reduction
 from syncbn.moments import RunningStatistics
 
 _CHANNELS_PER_PROGRAM = 128  # of `finalize` alone
@@ -24,40 +27,16 @@ def saves_output(activation: Activation, *, has_residual: bool) -> bool:
 def moments(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """As `Backend.moments`; each thread's sums are about the mean of what it holds of a tile, in float64 from there."""
     x, layout = _dense(x)
-    plan = _reduction(layout, x, mask, num_tensors=1)
-    row = 2 * layout.num_channels + 1
-    payload = x.new_empty(row, dtype=torch.float64)
-    launch(
-        reductions.moments,
-        plan.num_programs,
-        x,
-        x,
-        mask,
-        payload,
-        *_meeting_place(plan, x, row),
-        *_extents(layout, plan),
-        layout.is_planes,
-        *_tiles(plan),
-        compute_type(x.dtype),
-    )
+    pass_ = _moments(layout, x.dtype, x.get_device(), mask is not None)
+    payload = x.new_empty(pass_.row, dtype=torch.float64)
+    pass_.launch(x, mask, payload, *_meeting_place(pass_, x))
     return payload
 
 
 def finalize(payload: torch.Tensor, eps: float, running: RunningStatistics | None) -> torch.Tensor:
     """As `Backend.finalize`."""
     statistics = torch.empty_like(payload)
-    num_channels = payload.size(0) // 2
-    launch(
-        maps.finalize,
-        -(-num_channels // _CHANNELS_PER_PROGRAM),
-        payload,
-        payload,
-        statistics,
-        *_running(running),
-        eps,
-        num_channels,
-        _CHANNELS_PER_PROGRAM,
-    )
+    _finalize(payload.size(0) // 2, payload.get_device())(payload, statistics, *_running(running), eps)
     return statistics
 
 
@@ -71,7 +50,7 @@ def normalize(
     activation: Activation,
 ) -> torch.Tensor:
     """As `Backend.normalize`."""
-    return _normalize(x, statistics, None, 0.0, None, weight, bias, residual, mask, activation)
+    return _map_forward(x, statistics, None, 0.0, None, weight, bias, residual, mask, activation)
 
 
 def finalize_and_normalize(
@@ -87,7 +66,7 @@ def finalize_and_normalize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Backend.finalize_and_normalize`, in one launch."""
     statistics = torch.empty_like(payload)
-    return _normalize(x, payload, statistics, eps, running, weight, bias, residual, mask, activation), statistics
+    return _map_forward(x, payload, statistics, eps, running, weight, bias, residual, mask, activation), statistics
 
 
 def gradient_sums(
@@ -107,43 +86,32 @@ def gradient_sums(
     reads in any case.
     """
     has_residual = y is not None or residual is not None
-    is_written = has_residual or (mask is not None and activation == IDENTITY)
-    given = dy
+    is_written = has_residual or (mask is not None and activation == IDENTITY)  # then there may have been one
     x, layout = _dense(x)
-    dy, y, residual = _laid_out(dy, x), _laid_out_optional(y, x), _laid_out_optional(residual, x)
+    pass_ = _gradient_sums(layout, x.dtype, x.get_device(), mask is not None, has_residual, activation)
     grad = torch.empty_like(x) if is_written else None
-    plan = _reduction(layout, x, mask, num_tensors=2 + has_residual)
     num_channels = layout.num_channels
     sums = x.new_empty((2, num_channels), dtype=torch.float64)
     grad_weight = None if weight is None else weight.new_empty(num_channels)
     grad_bias = None if bias is None else bias.new_empty(num_channels)
-    launch(
-        reductions.gradient_sums,
-        plan.num_programs,
+    pass_.launch(
+        _laid_out(dy, x),
         x,
-        dy,
-        x,
-        y,
-        residual,
+        None if y is None else _laid_out(y, x),
+        None if residual is None else _laid_out(residual, x),
         mask,
         statistics,
-        _contiguous(weight),
-        _contiguous(bias),
+        None if weight is None else weight.contiguous(),
+        None if bias is None else bias.contiguous(),
         grad,
         sums,
         grad_weight,
         grad_bias,
-        *_meeting_place(plan, x, 2 * num_channels),
-        *_extents(layout, plan),
-        CODES[activation.name],
-        activation.negative_slope,
-        layout.is_planes,
-        *_tiles(plan),
-        compute_type(x.dtype),
+        *_meeting_place(pass_, x),
     )
-    if grad is not None:
-        return GradientSums(sums, grad, grad_weight, grad_bias)
-    return GradientSums(sums, given if activation == IDENTITY else dy, grad_weight, grad_bias, activation)
+    if grad is None:
+        return GradientSums(sums, dy, grad_weight, grad_bias, activation)
+    return GradientSums(sums, grad, grad_weight, grad_bias)
 
 
 def input_gradient(
@@ -159,27 +127,16 @@ def input_gradient(
     """As `Backend.input_gradient`."""
     given = x
     x, layout = _dense(x)
-    grad = _laid_out(grad, x)
     dx = torch.empty_like(x)
-    plan = _map(layout, x, num_tensors=2)
-    launch(
-        maps.input_gradient,
-        plan.num_programs,
-        x,
-        grad,
+    _input_gradient(layout, x.dtype, x.get_device(), remaining)(
+        _laid_out(grad, x),
         x,
         mask,
         statistics,
         sums,
-        _contiguous(weight),
-        _contiguous(bias),
+        None if weight is None else weight.contiguous(),
+        None if bias is None else bias.contiguous(),
         dx,
-        *_matrix(layout, plan),
-        CODES[remaining.name],
-        remaining.negative_slope,
-        layout.is_planes,
-        *_columns(plan),
-        compute_type(x.dtype),
     )
     return _as_given(dx, given)
 
@@ -197,7 +154,7 @@ def layer(
     """No shortcut: the launches are what a small batch costs."""
 
 
-def _normalize(
+def _map_forward(
     x: torch.Tensor,
     reduced: torch.Tensor,
     statistics: torch.Tensor | None,
@@ -212,37 +169,26 @@ def _normalize(
     given = x
     x, layout = _dense(x)
     y = torch.empty_like(x)
-    plan = _map(layout, x, num_tensors=1)
-    launch(
-        maps.normalize,
-        plan.num_programs,
+    _normalize(layout, x.dtype, x.get_device(), statistics is not None, activation)(
         x,
-        x,
-        _laid_out_optional(residual, x),
+        None if residual is None else _laid_out(residual, x),
         mask,
         reduced,
-        _contiguous(weight),
-        _contiguous(bias),
+        None if weight is None else weight.contiguous(),
+        None if bias is None else bias.contiguous(),
         y,
         statistics,
         *_running(running),
         eps,
-        *_matrix(layout, plan),
-        CODES[activation.name],
-        activation.negative_slope,
-        statistics is not None,
-        layout.is_planes,
-        *_columns(plan),
-        compute_type(x.dtype),
     )
     return _as_given(y, given)
 
 
 def _dense(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:
-    layout = layout_of(x)
+    layout = layout_of(x.shape, x.stride())
     if layout is None:
         x = x.contiguous()
-        layout = layout_of(x)
+        layout = layout_of(x.shape, x.stride())
         assert layout is not None
     return x, layout
 
@@ -254,10 +200,6 @@ def _laid_out(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x).copy_(values)
 
 
-def _laid_out_optional(values: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    return None if values is None else _laid_out(values, x)
-
-
 def _as_given(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """In the layout that torch's element-wise operations would give for x."""
     if x.stride() == values.stride():
@@ -265,33 +207,62 @@ def _as_given(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x).copy_(values)
 
 
-def _contiguous(values: torch.Tensor | None) -> torch.Tensor | None:
-    return None if values is None else values.contiguous()
+class _Reduction(NamedTuple):
+    """A first pass, ready to start.
+
+    Attributes:
+        launch: The kernel.
+        row: Length of what a program leaves for the one that folds.
+        num_splits: Programs that share a channel.
+        num_blocks: Blocks of channels.
+    """
+
+    launch: Launch
+    row: int
+    num_splits: int
+    num_blocks: int
 
 
-def _reduction(layout: Layout, x: torch.Tensor, mask: torch.Tensor | None, *, num_tensors: int) -> Reduction:
-    return reduction(
-        layout,
-        x.element_size(),
-        has_mask=mask is not None,
-        num_tensors=num_tensors,
-        num_processors=num_processors(x.device),
-    )
-
-
-def _map(layout: Layout, x: torch.Tensor, *, num_tensors: int) -> Map:
-    return mapping(layout, x.element_size(), num_tensors=num_tensors, num_processors=num_processors(x.device))
-
-
-def _meeting_place(plan: Reduction, x: torch.Tensor, row: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _meeting_place(pass_: _Reduction, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Where programs that share a channel leave their sums, and how many have; None where none share one."""
-    if plan.num_splits == 1:
+    if pass_.num_splits == 1:
         return None, None
-    return x.new_empty(plan.num_splits * row, dtype=torch.float64), arrivals(x.device, plan.num_blocks)
+    return x.new_empty(pass_.num_splits * pass_.row, dtype=torch.float64), arrivals(x, pass_.num_blocks)
 
 
-def _extents(layout: Layout, plan: Reduction) -> tuple[int, ...]:
-    return (
+@functools.lru_cache(maxsize=4096)
+def _moments(layout: Layout, dtype: torch.dtype, device_index: int, has_mask: bool) -> _Reduction:
+    row = 2 * layout.num_channels + 1
+    return _reduction(reductions.moments, layout, dtype, device_index, row, 1, has_mask, ())
+
+
+@functools.lru_cache(maxsize=4096)
+def _gradient_sums(
+    layout: Layout, dtype: torch.dtype, device_index: int, has_mask: bool, has_residual: bool, activation: Activation
+) -> _Reduction:
+    row = 2 * layout.num_channels
+    undone = CODES[activation.name], activation.negative_slope
+    return _reduction(reductions.gradient_sums, layout, dtype, device_index, row, 2 + has_residual, has_mask, undone)
+
+
+def _reduction(
+    kernel: object,
+    layout: Layout,
+    dtype: torch.dtype,
+    device_index: int,
+    row: int,
+    num_tensors: int,
+    has_mask: bool,
+    constants: tuple[object, ...],
+) -> _Reduction:
+    plan = reduction(
+        layout,
+        dtype.itemsize,
+        has_mask=has_mask,
+        num_tensors=num_tensors,
+        num_processors=num_processors(device_index),
+    )
+    settled = (
         layout.num_rows,
         layout.num_channels,
         plan.size_units,
@@ -300,26 +271,67 @@ def _extents(layout: Layout, plan: Reduction) -> tuple[int, ...]:
         plan.num_parts,
         plan.num_blocks,
         plan.num_splits,
+        *constants,
+        layout.is_planes,
+        plan.unit,
+        plan.vector,
+        plan.along,
+        plan.j,
+        plan.r,
+        plan.k,
+        plan.num_splits > 1,
+        compute_type(dtype),
     )
+    launch = Launch(kernel, plan.num_programs, device_index, settled)
+    return _Reduction(launch, row, plan.num_splits, plan.num_blocks)
 
 
-def _tiles(plan: Reduction) -> tuple[int | bool, ...]:
-    return plan.unit, plan.vector, plan.along, plan.j, plan.r, plan.k, plan.num_splits > 1
+@functools.lru_cache(maxsize=4096)
+def _normalize(
+    layout: Layout, dtype: torch.dtype, device_index: int, finalizes: bool, activation: Activation
+) -> Launch:
+    constants = CODES[activation.name], activation.negative_slope, finalizes
+    return _map(maps.normalize, layout, dtype, device_index, 1, constants)
 
 
-def _matrix(layout: Layout, plan: Map) -> tuple[int, ...]:
-    return (
+@functools.lru_cache(maxsize=4096)
+def _input_gradient(layout: Layout, dtype: torch.dtype, device_index: int, remaining: Activation) -> Launch:
+    constants = CODES[remaining.name], remaining.negative_slope
+    return _map(maps.input_gradient, layout, dtype, device_index, 2, constants)
+
+
+def _map(
+    kernel: object,
+    layout: Layout,
+    dtype: torch.dtype,
+    device_index: int,
+    num_tensors: int,
+    constants: tuple[object, ...],
+) -> Launch:
+    plan = mapping(layout, dtype.itemsize, num_tensors=num_tensors, num_processors=num_processors(device_index))
+    settled = (
         layout.num_rows,
         layout.num_channels,
         layout.size,
         plan.columns_units,
         plan.rows_per_program,
         plan.num_blocks,
+        *constants,
+        layout.is_planes,
+        plan.unit,
+        plan.j,
+        plan.r,
+        plan.k,
+        plan.q,
+        compute_type(dtype),
     )
+    return Launch(kernel, plan.num_programs, device_index, settled)
 
 
-def _columns(plan: Map) -> tuple[int, ...]:
-    return plan.unit, plan.j, plan.r, plan.k, plan.q
+@functools.lru_cache(maxsize=4096)
+def _finalize(num_channels: int, device_index: int) -> Launch:
+    num_programs = -(-num_channels // _CHANNELS_PER_PROGRAM)
+    return Launch(maps.finalize, num_programs, device_index, (num_channels, _CHANNELS_PER_PROGRAM))
 
 
 def _running(running: RunningStatistics | None) -> tuple[torch.Tensor | float | None, ...]:

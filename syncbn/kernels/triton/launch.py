@@ -1,64 +1,117 @@
-"""Starting kernels: on which device, and the memory that the programs of one launch meet in."""
+"""Starting kernels: with little to do on the host, on the right device, with memory for their programs to meet in."""
 
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 
 from syncbn.kernels.triton.plan import NUM_WARPS
 from syncbn.moments import compute_dtype
 
+# Multiply-adds may be fused: what has to come out alike in two kernels is written as one. Said, for defaults differ.
+_OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
+_ALIGNMENT = 16  # of pointers, for vectors as wide as they get
 _MAX_BLOCKS = 1 << 14
 _INTERPRETED_PROCESSORS = 2  # for tensors that are on no GPU: Triton's interpreter runs the programs one by one
 
-_arrivals: dict[tuple[torch.device, int], torch.Tensor] = {}
-_num_processors: dict[torch.device, int] = {}
+_arrivals: dict[tuple[int, int], torch.Tensor] = {}
+_num_processors: dict[int, int] = {}
 
 
-# Multiply-adds may be fused: what has to come out alike in two kernels is written as one. Said, for defaults differ.
-_OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
+class Launch:
+    """A kernel with its grid, and with all of its arguments settled that shapes and options decide.
 
-
-def launch(kernel: Any, num_programs: int, on: torch.Tensor, *arguments: object) -> None:  # noqa: ANN401 - jitted
-    """Starts a kernel on the current stream of a tensor's device.
+    Triton's own way finds the compiled kernel again at each call, by every argument; that takes longer than a small
+    batch. Here it is kept, by what is left to differ: which tensors are given, their dtypes, and whether all of them
+    are aligned; where one is not, the call goes Triton's way.
 
     Args:
-        kernel: The jitted function.
+        kernel: The jitted function; its first parameters are pointers and floats, all others are settled.
         num_programs: Size of the one-dimensional grid.
-        on: Any tensor of that device.
-        arguments: The kernel's, in their order.
+        device_index: Of the GPU, or -1 for Triton's interpreter.
+        settled: The last arguments, integers and constants.
     """
-    if on.is_cuda and on.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(on.device):
-            kernel[(num_programs,)](*arguments, **_OPTIONS)
-    else:
-        kernel[(num_programs,)](*arguments, **_OPTIONS)
+
+    def __init__(self, kernel: Any, num_programs: int, device_index: int, settled: tuple[object, ...]) -> None:  # noqa: ANN401 - Triton's types say nothing
+        self._kernel = kernel
+        self._grid = (num_programs, 1, 1)
+        self._device_index = device_index
+        self._settled = settled
+        self._compiled: dict[tuple[torch.dtype | None, ...], Any] = {}
+
+    def __call__(self, *arguments: torch.Tensor | float | None) -> None:
+        """Starts it on the current stream of the device.
+
+        Args:
+            arguments: The first ones, in the kernel's order.
+        """
+        if self._device_index >= 0 and self._device_index != torch._C._cuda_getDevice():
+            with torch.cuda.device(self._device_index):
+                self._start(arguments)
+        else:
+            self._start(arguments)
+
+    def _start(self, arguments: tuple[torch.Tensor | float | None, ...]) -> None:
+        values: list[float | None] = []
+        dtypes: list[torch.dtype | None] = []
+        bits = 0
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                address = argument.data_ptr()
+                bits |= address
+                values.append(address)
+                dtypes.append(argument.dtype)
+            else:
+                values.append(argument)
+                dtypes.append(None)
+        key = tuple(dtypes)
+        compiled = None if bits % _ALIGNMENT else self._compiled.get(key)
+        if compiled is None:
+            compiled = self._kernel[self._grid](*arguments, *self._settled, **_OPTIONS)
+            if bits % _ALIGNMENT == 0 and compiled is not None:  # the interpreter compiles nothing
+                self._compiled[key] = compiled
+            return
+        # What triton.JITFunction.run does with a kernel that it has found.
+        stream = torch._C._cuda_getCurrentRawStream(self._device_index)
+        hooks = triton.knobs.runtime
+        compiled.run(
+            *self._grid,
+            stream,
+            compiled.function,
+            compiled.packed_metadata,
+            compiled.launch_metadata(self._grid, stream, *values, *self._settled),
+            hooks.launch_enter_hook,
+            hooks.launch_exit_hook,
+            *values,
+            *self._settled,
+        )
 
 
-def arrivals(device: torch.device, num_blocks: int) -> torch.Tensor:
-    """Counters at zero, shape (num_blocks,), int32, which a kernel leaves at zero again.
+def arrivals(x: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """Counters at zero, shape (num_blocks,) or longer, int32, which a kernel leaves at zero again.
 
     One stream's launches follow each other, so they share one memory. A CUDA graph gets memory of its own, which it
     clears itself: it may be replayed beside anything.
     """
-    if device.type != "cuda":
-        return torch.zeros(num_blocks, dtype=torch.int32, device=device)
-    if num_blocks > _MAX_BLOCKS or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(num_blocks, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
+    index = x.get_device()
+    if index < 0 or num_blocks > _MAX_BLOCKS or torch._C._cuda_isCurrentStreamCapturing():
+        return x.new_zeros(num_blocks, dtype=torch.int32)
+    key = index, torch._C._cuda_getCurrentRawStream(index)
     counters = _arrivals.get(key)
     if counters is None:
-        counters = _arrivals[key] = torch.zeros(_MAX_BLOCKS, dtype=torch.int32, device=device)
+        counters = _arrivals[key] = x.new_zeros(_MAX_BLOCKS, dtype=torch.int32)
     return counters
 
 
-def num_processors(device: torch.device) -> int:
+def num_processors(device_index: int) -> int:
     """Streaming multiprocessors of a GPU."""
-    if device.type != "cuda":
+    if device_index < 0:
         return _INTERPRETED_PROCESSORS
-    number = _num_processors.get(device)
+    number = _num_processors.get(device_index)
     if number is None:
-        number = _num_processors[device] = torch.cuda.get_device_properties(device).multi_processor_count
+        properties = torch.cuda.get_device_properties(device_index)
+        number = _num_processors[device_index] = properties.multi_processor_count
     return number
 
 

@@ -4,9 +4,8 @@ The configurations are a small fixed set, chosen by shape; nothing is timed, so 
 """
 
 import functools
-from dataclasses import dataclass
-
-import torch
+import math
+from typing import NamedTuple
 
 NUM_WARPS = 4
 _NUM_THREADS = 32 * NUM_WARPS
@@ -15,8 +14,7 @@ _PROGRAMS_PER_PROCESSOR = 8
 _MAX_TILES_PER_PROGRAM = 8  # of the second pass: enough to pay for forming its columns' coefficients
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(NamedTuple):
     """How a batch lies in memory.
 
     Attributes:
@@ -37,27 +35,39 @@ class Layout:
         return self.num_rows * self.num_channels * self.size
 
 
-def layout_of(x: torch.Tensor) -> Layout | None:
+@functools.lru_cache(maxsize=4096)  # a training step comes with the same ones
+def layout_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout | None:
     """The layout of a dense batch, or None for one that has to be copied first.
 
     Args:
-        x: Shape (N, C, *).
+        shape: (N, C, *).
+        strides: As many.
     """
-    num_samples, num_channels = x.shape[:2]
-    if x.numel() == 0:
+    num_samples, num_channels, *sizes = shape
+    if math.prod(shape) == 0:
         return Layout(is_planes=False, num_rows=0, num_channels=num_channels, size=1)
-    size = x.numel() // (num_samples * num_channels)
-    if x.dim() > 2 and x.movedim(1, -1).is_contiguous():  # asked first: with one position to a plane both hold
+    size = math.prod(sizes)
+    # Rows first: with one position to a plane both hold.
+    if _is_contiguous((num_samples, *sizes, num_channels), (strides[0], *strides[2:], strides[1])):
         return Layout(is_planes=False, num_rows=num_samples * size, num_channels=num_channels, size=1)
-    if not x.is_contiguous():
+    if not _is_contiguous(shape, strides):
         return None
     if size == 1:
         return Layout(is_planes=False, num_rows=num_samples, num_channels=num_channels, size=1)
     return Layout(is_planes=True, num_rows=num_samples, num_channels=num_channels, size=size)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reduction:
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = 1
+    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if length != 1:
+            if stride != expected:
+                return False
+            expected *= length
+    return True
+
+
+class Reduction(NamedTuple):
     """Programs and tiles of a first pass; `reductions.moments` says what each number means."""
 
     num_programs: int
@@ -75,7 +85,6 @@ class Reduction:
     k: int
 
 
-@functools.lru_cache(maxsize=4096)
 def reduction(layout: Layout, itemsize: int, *, has_mask: bool, num_tensors: int, num_processors: int) -> Reduction:
     """How to cut a first pass.
 
@@ -142,8 +151,7 @@ def reduction(layout: Layout, itemsize: int, *, has_mask: bool, num_tensors: int
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Map:
+class Map(NamedTuple):
     """Programs and tiles of a second pass; `maps.normalize` says what each number means."""
 
     num_programs: int
@@ -157,7 +165,6 @@ class Map:
     q: int
 
 
-@functools.lru_cache(maxsize=4096)
 def mapping(layout: Layout, itemsize: int, *, num_tensors: int, num_processors: int) -> Map:
     """How to cut a second pass.
 

@@ -7,10 +7,14 @@ from typing import TypeAlias
 
 import torch
 
-from syncbn.moments import RunningStatistics, update_running
+from syncbn.kernels import backend_for
+from syncbn.moments import RunningStatistics
 
 # Takes a layer's reduced `[Σx, Σx², n]`, shape (2C + 1,), in place of its running statistics.
 Collector: TypeAlias = Callable[[torch.Tensor], None]
+
+
+_ANY_EPS = 1.0
 
 
 def track(running: RunningStatistics, payload: torch.Tensor, collector: Collector | None) -> None:
@@ -24,7 +28,7 @@ def track(running: RunningStatistics, payload: torch.Tensor, collector: Collecto
     if is_recomputation():
         return
     if collector is None:
-        update_running(running, payload)
+        backend_for(payload).finalize(payload, _ANY_EPS, running)  # for what it folds in; the statistics are not needed
     else:
         collector(payload.clone())
 

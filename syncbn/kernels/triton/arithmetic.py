@@ -40,11 +40,11 @@ def batch_statistics(payload, channel, exists, num_channels, eps):
     """Mean, Σ(x − mean)² and 1/σ of channels from the reduced `[Σx, Σx², n]`, float64; as `moments.finalize`."""
     total = tl.load(payload + channel, mask=exists, other=0.0)
     squares = tl.load(payload + num_channels + channel, mask=exists, other=0.0)
-    n = tl.maximum(tl.load(payload + 2 * num_channels), 1.0)
-    mean = total / n
+    one_nth = 1 / tl.maximum(tl.load(payload + 2 * num_channels), 1.0)
+    mean = total * one_nth
     deviations = squares - mean * total
     deviations = tl.where(deviations < 0, 0.0, deviations)  # tl.maximum would drop a NaN
-    return mean, deviations, 1 / tl.sqrt(deviations / n + eps)
+    return mean, deviations, 1 / tl.sqrt(deviations * one_nth + eps)
 
 
 @triton.jit

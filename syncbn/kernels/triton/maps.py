@@ -1,8 +1,8 @@
 """The second pass of each direction: every value from its channel's coefficients, over tiles (J, R, K) of a matrix.
 
 The batch is a matrix whose columns belong to channels: samples (N, C·S) where channels are planes, rows (M, C) where
-rows hold every channel. A program forms the coefficients of its columns once, while its first values are on their way,
-and walks rows with them; no thread waits for another. Vectors are whole wherever C·S is a multiple of theirs, whatever
+rows hold every channel. A program forms the coefficients of its channels once, while its first values are on their way,
+and walks on along rows with them, or down the columns. Vectors are whole wherever C·S is a multiple of theirs, whatever
 the planes' size.
 """
 
@@ -33,13 +33,14 @@ def normalize(
     num_channels,
     size,
     columns_units,
-    rows_per_program,
+    steps_per_program,
     num_blocks,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     FINALIZE: tl.constexpr,
     PLANES: tl.constexpr,
     UNIT: tl.constexpr,
+    ALONG: tl.constexpr,
     J: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
@@ -68,32 +69,33 @@ def normalize(
         num_channels: C.
         size: S, or 1.
         columns_units: C·S / UNIT, or C / UNIT.
-        rows_per_program: Multiple of J·R.
-        num_blocks: Blocks of K columns.
+        steps_per_program: Tiles that one program walks.
+        num_blocks: Programs side by side.
         ACTIVATION: f, one of `constants`.
         SLOPE: Of leaky_relu.
         FINALIZE: Whether `reduced` is a payload.
         PLANES: Whether channels are planes.
         UNIT: A power of two that divides the columns.
+        ALONG: Whether a program walks along its rows, instead of down its columns.
         J: Extent of a tile.
         R: Extent of a tile.
         K: Extent of a tile.
-        Q: Channels that K columns may touch.
+        Q: Channels that a program's columns may touch.
         COMPUTE: Precision of the arithmetic.
     """
-    column, first_row, end_row = _share(num_rows, rows_per_program, num_blocks, K)
+    column, width, row, end_row, num_steps = _share(num_rows, steps_per_program, num_blocks, ALONG, J, R, K)
     columns = columns_units * UNIT
-    offsets, exists = _tile(first_row, end_row, column, columns, J, R, K)
+    offsets, exists = _tile(0, num_steps, row, end_row, column, columns, ALONG, J, R, K)
     values = tl.load(x + offsets, mask=exists, other=0.0)  # on its way while the coefficients are formed
-    channel, is_channel, is_owned = _channels(column, first_row, num_channels, size, PLANES, K, Q)
+    channel, is_channel, is_owned = _channels(column, width, row, num_channels, size, PLANES, Q)
     if FINALIZE:
         mean, deviations, invstd = batch_statistics(reduced, channel, is_channel, num_channels, eps)
         tl.store(statistics + channel, mean, mask=is_owned)
         tl.store(statistics + num_channels + channel, invstd, mask=is_owned)
-        if (column == 0) & (first_row == 0):
+        if (column == 0) & (row == 0):
             tl.store(statistics + 2 * num_channels, tl.load(reduced + 2 * num_channels))
         if running_mean is not None:
-            if first_row == 0:
+            if row == 0:
                 fold_in(
                     reduced,
                     mean,
@@ -113,20 +115,18 @@ def normalize(
         mean = tl.load(reduced + channel, mask=is_channel, other=0.0)
         invstd = tl.load(reduced + num_channels + channel, mask=is_channel, other=0.0)
     pivot, scale, shift = affine(mean, invstd, weight, bias, channel, is_channel, COMPUTE)
-    of_column = _channel_of_column(column, size, PLANES, K, Q)
-    pivot = _by_column(pivot, of_column, PLANES, Q)
-    scale = _by_column(scale, of_column, PLANES, Q)
-    shift = _by_column(shift, of_column, PLANES, Q)
-    for row in range(first_row, end_row, J * R):
-        z = tl.fma(values.to(COMPUTE) - pivot, scale, shift)
+    for step in range(num_steps):
+        of_column = _channel_of_column(step, column, size, PLANES, ALONG, K, Q)
+        z = values.to(COMPUTE) - _by_column(pivot, of_column, PLANES, Q)
+        z = tl.fma(z, _by_column(scale, of_column, PLANES, Q), _by_column(shift, of_column, PLANES, Q))
         here, is_here = offsets, exists
-        offsets, exists = _tile(row + J * R, end_row, column, columns, J, R, K)
+        offsets, exists = _tile(step + 1, num_steps, row, end_row, column, columns, ALONG, J, R, K)
         values = tl.load(x + offsets, mask=exists, other=0.0)
         if residual is not None:
             z += tl.load(residual + here, mask=is_here, other=0.0).to(COMPUTE)
         z = activate(z, ACTIVATION, SLOPE)
         if mask is not None:
-            z = tl.where(_valid_positions(mask, row, column, of_column, size, is_here, PLANES, J, R, K), z, 0.0)
+            z = tl.where(_valid(mask, step, row, column, size, of_column, is_here, PLANES, ALONG, J, R, K), z, 0.0)
         tl.store(y + here, z.to(y.dtype.element_ty), mask=is_here)
 
 
@@ -144,12 +144,13 @@ def input_gradient(
     num_channels,
     size,
     columns_units,
-    rows_per_program,
+    steps_per_program,
     num_blocks,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     PLANES: tl.constexpr,
     UNIT: tl.constexpr,
+    ALONG: tl.constexpr,
     J: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
@@ -171,50 +172,49 @@ def input_gradient(
         num_channels: As for `normalize`.
         size: As for `normalize`.
         columns_units: As for `normalize`.
-        rows_per_program: As for `normalize`.
+        steps_per_program: As for `normalize`.
         num_blocks: As for `normalize`.
         ACTIVATION: Which to undo here.
         SLOPE: Of leaky_relu.
         PLANES: As for `normalize`, and all that follows.
         UNIT: As for `normalize`.
+        ALONG: As for `normalize`.
         J: As for `normalize`.
         R: As for `normalize`.
         K: As for `normalize`.
         Q: As for `normalize`.
         COMPUTE: As for `normalize`.
     """
-    column, first_row, end_row = _share(num_rows, rows_per_program, num_blocks, K)
+    column, width, row, end_row, num_steps = _share(num_rows, steps_per_program, num_blocks, ALONG, J, R, K)
     columns = columns_units * UNIT
-    offsets, exists = _tile(first_row, end_row, column, columns, J, R, K)
+    offsets, exists = _tile(0, num_steps, row, end_row, column, columns, ALONG, J, R, K)
     values = tl.load(x + offsets, mask=exists, other=0.0)
     gradients = tl.load(grad + offsets, mask=exists, other=0.0)
-    channel, is_channel, _ = _channels(column, first_row, num_channels, size, PLANES, K, Q)
+    channel, is_channel, _ = _channels(column, width, row, num_channels, size, PLANES, Q)
     mean = tl.load(statistics + channel, mask=is_channel, other=0.0)
     invstd = tl.load(statistics + num_channels + channel, mask=is_channel, other=0.0)
-    n = tl.maximum(tl.load(statistics + 2 * num_channels), 1.0)
-    grad_mean = tl.load(sums + channel, mask=is_channel, other=0.0) / n
-    factor = tl.load(sums + num_channels + channel, mask=is_channel, other=0.0) / n * invstd * invstd
+    one_nth = 1 / tl.maximum(tl.load(statistics + 2 * num_channels), 1.0)
+    grad_mean = tl.load(sums + channel, mask=is_channel, other=0.0) * one_nth
+    factor = tl.load(sums + num_channels + channel, mask=is_channel, other=0.0) * one_nth * (invstd * invstd)
     pivot, scale, shift = affine(mean, invstd, weight, bias, channel, is_channel, COMPUTE)
-    x_shift = (mean - pivot.to(tl.float64)) * factor - grad_mean
-    of_column = _channel_of_column(column, size, PLANES, K, Q)
-    pivot = _by_column(pivot, of_column, PLANES, Q)
-    scale = _by_column(scale, of_column, PLANES, Q)
-    x_factor = _by_column((-factor).to(COMPUTE), of_column, PLANES, Q)
-    x_shift = _by_column(x_shift.to(COMPUTE), of_column, PLANES, Q)
-    if ACTIVATION != 0:
-        shift = _by_column(shift, of_column, PLANES, Q)
-    for row in range(first_row, end_row, J * R):
-        centered = values.to(COMPUTE) - pivot
+    x_shift = ((mean - pivot.to(tl.float64)) * factor - grad_mean).to(COMPUTE)
+    x_factor = (-factor).to(COMPUTE)
+    for step in range(num_steps):
+        of_column = _channel_of_column(step, column, size, PLANES, ALONG, K, Q)
+        centered = values.to(COMPUTE) - _by_column(pivot, of_column, PLANES, Q)
         g = gradients.to(COMPUTE)
-        if ACTIVATION != 0:
-            g = undo_activation(g, tl.fma(centered, scale, shift), ACTIVATION, SLOPE)
         here, is_here = offsets, exists
-        offsets, exists = _tile(row + J * R, end_row, column, columns, J, R, K)
+        offsets, exists = _tile(step + 1, num_steps, row, end_row, column, columns, ALONG, J, R, K)
         values = tl.load(x + offsets, mask=exists, other=0.0)
         gradients = tl.load(grad + offsets, mask=exists, other=0.0)
-        g = (tl.fma(centered, x_factor, g) + x_shift) * scale
+        scale_here = _by_column(scale, of_column, PLANES, Q)
+        if ACTIVATION != 0:
+            z = tl.fma(centered, scale_here, _by_column(shift, of_column, PLANES, Q))
+            g = undo_activation(g, z, ACTIVATION, SLOPE)
+        g = tl.fma(centered, _by_column(x_factor, of_column, PLANES, Q), g)
+        g = (g + _by_column(x_shift, of_column, PLANES, Q)) * scale_here
         if mask is not None:
-            g = tl.where(_valid_positions(mask, row, column, of_column, size, is_here, PLANES, J, R, K), g, 0.0)
+            g = tl.where(_valid(mask, step, row, column, size, of_column, is_here, PLANES, ALONG, J, R, K), g, 0.0)
         tl.store(dx + here, g.to(dx.dtype.element_ty), mask=is_here)
 
 
@@ -323,48 +323,92 @@ def _is_finite(payload, length):
 
 
 @triton.jit
-def _share(num_rows, rows_per_program, num_blocks, K: tl.constexpr):
+def _share(
+    num_rows,
+    steps_per_program,
+    num_blocks,
+    ALONG: tl.constexpr,
+    J: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+):
+    """First column, columns, first row, end of the rows and steps of this program."""
     # From the end of memory: what the first pass read last may still be in cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    first_row = (program // num_blocks) * rows_per_program
-    return (program % num_blocks) * K, first_row, tl.minimum(first_row + rows_per_program, num_rows)
+    if ALONG:
+        width = steps_per_program * K
+        rows: tl.constexpr = J * R
+    else:
+        width = K
+        rows = steps_per_program * (J * R)
+    row = (program // num_blocks) * rows
+    end_row = tl.minimum(row + rows, num_rows)
+    num_steps = steps_per_program if ALONG else tl.cdiv(end_row - row, J * R)
+    return (program % num_blocks) * width, width, row, end_row, num_steps
 
 
 @triton.jit
-def _tile(row, end_row, column, columns, J: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
+def _tile(
+    step,
+    num_steps,
+    row,
+    end_row,
+    column,
+    columns,
+    ALONG: tl.constexpr,
+    J: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+):
     """Offsets (J, R, K) and which of them exist."""
     rows = row + tl.arange(0, J)[:, None, None] * R + tl.arange(0, R)[None, :, None]
     k = column + tl.arange(0, K)[None, None, :]
-    return rows.to(tl.int64) * columns + k, (rows < end_row) & (k < columns)
+    if ALONG:
+        k += step * K
+        exists = (rows < end_row) & (k < columns) & (step < num_steps + 0 * k)
+    else:
+        rows += step * (J * R)
+        exists = (rows < end_row) & (k < columns)
+    return rows.to(tl.int64) * columns + k, exists
 
 
 @triton.jit
-def _channels(column, first_row, num_channels, size, PLANES: tl.constexpr, K: tl.constexpr, Q: tl.constexpr):
-    """The Q channels that K columns from `column` may touch; whether they exist; whether it is here to write them.
+def _channels(column, width, row, num_channels, size, PLANES: tl.constexpr, Q: tl.constexpr):
+    """The Q channels that columns from `column` may touch; whether they exist; whether it is here to write them.
 
     A channel's values per channel are written by the first program to have its first column.
     """
     if PLANES:
         channel = column // size + tl.arange(0, Q)
         first_column = channel * size
-        is_owned = (first_column >= column) & (first_column < column + K)
+        is_owned = (first_column >= column) & (first_column < column + width)
     else:
-        channel = column + tl.arange(0, K)
+        channel = column + tl.arange(0, Q)
         is_owned = channel >= 0
     is_channel = channel < num_channels
-    return channel, is_channel, is_owned & is_channel & (first_row == 0)
+    return channel, is_channel, is_owned & is_channel & (row == 0)
 
 
 @triton.jit
-def _channel_of_column(column, size, PLANES: tl.constexpr, K: tl.constexpr, Q: tl.constexpr):
-    """Which of its Q channels each of the K columns belongs to, (K,)."""
+def _channel_of_column(
+    step,
+    column,
+    size,
+    PLANES: tl.constexpr,
+    ALONG: tl.constexpr,
+    K: tl.constexpr,
+    Q: tl.constexpr,
+):
+    """Which of the program's Q channels each of K columns belongs to, (K,)."""
     k = tl.arange(0, K)
     if PLANES:
         place = column % size + k
+        if ALONG:
+            place += step * K
         if Q == 2:
             k = (place >= size).to(tl.int32)
         else:
-            # place < 2·K: the quotient is off by far less than the half that 0.5 keeps it from a whole number.
+            # place is some thousands: the quotient is off by far less than what 0.5 keeps it from a whole number.
             k = ((place.to(tl.float32) + 0.5) / size.to(tl.float32)).to(tl.int32)
     return k
 
@@ -373,26 +417,38 @@ def _channel_of_column(column, size, PLANES: tl.constexpr, K: tl.constexpr, Q: t
 def _by_column(values, of_column, PLANES: tl.constexpr, Q: tl.constexpr):
     """(Q,) → (1, 1, K)."""
     if PLANES:
-        values = tl.gather(values, of_column, 0)
+        if Q == 2:
+            q = tl.arange(0, 2)
+            first = tl.sum(tl.where(q == 0, values, 0.0), 0)
+            second = tl.sum(tl.where(q == 1, values, 0.0), 0)
+            values = tl.where(of_column == 0, first, second)
+        else:
+            values = tl.gather(values, of_column, 0)
     return values[None, None, :]
 
 
 @triton.jit
-def _valid_positions(
+def _valid(
     mask,
+    step,
     row,
     column,
-    of_column,
     size,
+    of_column,
     exists,
     PLANES: tl.constexpr,
+    ALONG: tl.constexpr,
     J: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
 ):
     rows = row + tl.arange(0, J)[:, None, None] * R + tl.arange(0, R)[None, :, None]
+    if not ALONG:
+        rows += step * (J * R)
     offsets = rows.to(tl.int64)
     if PLANES:
         position = column % size + tl.arange(0, K) - of_column * size
+        if ALONG:
+            position += step * K
         offsets = offsets * size + position[None, None, :]
     return tl.load(mask + tl.broadcast_to(offsets, [J, R, K]), mask=exists, other=False)

@@ -11,7 +11,7 @@ NUM_WARPS = 4
 _NUM_THREADS = 32 * NUM_WARPS
 _VECTOR_BYTES = 16  # what a thread loads at once
 _PROGRAMS_PER_PROCESSOR = 8
-_MAX_TILES_PER_PROGRAM = 8  # of the second pass: enough to pay for forming its columns' coefficients
+_MAX_STEPS = 8  # of a program of the second pass: enough to pay for forming its columns' coefficients
 
 
 class Layout(NamedTuple):
@@ -157,8 +157,9 @@ class Map(NamedTuple):
     num_programs: int
     num_blocks: int
     columns_units: int
-    rows_per_program: int
+    steps_per_program: int
     unit: int
+    along: bool
     j: int
     r: int
     k: int
@@ -176,25 +177,33 @@ def mapping(layout: Layout, itemsize: int, *, num_tensors: int, num_processors: 
     """
     columns = layout.num_channels * layout.size
     unit = _unit(columns)
-    sweep = _NUM_THREADS * (_VECTOR_BYTES // itemsize)
+    widest = _VECTOR_BYTES // itemsize
+    sweep = _NUM_THREADS * widest
     j = min(4 if num_tensors == 1 else 2, _power_of_two_from(layout.num_rows))
     if layout.is_planes:
         k = min(2 * sweep if j == 1 else sweep, _power_of_two_from(columns))
-        q = 2 if layout.size >= k else _power_of_two_from(k // layout.size + 2)
     else:
-        k = _tile_width(columns, min(sweep, 2 * _VECTOR_BYTES // itemsize * 32), 8 * _VECTOR_BYTES // itemsize)
-        q = k
+        k = _tile_width(columns, min(sweep, 64 * widest), 8 * widest)
     r = min(max(1, sweep // k), _power_of_two_from(_ceil(layout.num_rows, j)))
-    num_blocks = _ceil(columns, k)
-    tiles = max(1, _ceil(layout.num_rows, j * r))
-    wanted = tiles * num_blocks // (_PROGRAMS_PER_PROCESSOR * num_processors)
-    tiles_per_program = max(1, min(wanted, _MAX_TILES_PER_PROGRAM, tiles))
+    side_by_side, one_below_another = _ceil(columns, k), max(1, _ceil(layout.num_rows, j * r))
+    along = layout.is_planes and one_below_another < _MAX_STEPS
+    steps = side_by_side * one_below_another // (_PROGRAMS_PER_PROCESSOR * num_processors)
+    steps = max(1, min(steps, _MAX_STEPS, side_by_side if along else one_below_another))
+    if along:
+        if layout.size >= k:  # no more than two channels, if that leaves enough
+            steps = min(steps, max(layout.size // k, _MAX_STEPS // 2))
+        side_by_side = _ceil(side_by_side, steps)
+    else:
+        one_below_another = _ceil(one_below_another, steps)
+    width = steps * k if along else k
+    q = (2 if layout.size >= width else _power_of_two_from(width // layout.size + 2)) if layout.is_planes else k
     return Map(
-        num_programs=num_blocks * _ceil(tiles, tiles_per_program),
-        num_blocks=num_blocks,
+        num_programs=side_by_side * one_below_another,
+        num_blocks=side_by_side,
         columns_units=columns // unit,
-        rows_per_program=tiles_per_program * j * r,
+        steps_per_program=steps,
         unit=unit,
+        along=along,
         j=j,
         r=r,
         k=k,

@@ -74,18 +74,14 @@ class Launch:
             return
         # What triton.JITFunction.run does with a kernel that it has found.
         stream = torch._C._cuda_getCurrentRawStream(self._device_index)
-        hooks = triton.knobs.runtime
-        compiled.run(
-            *self._grid,
-            stream,
-            compiled.function,
-            compiled.packed_metadata,
-            compiled.launch_metadata(self._grid, stream, *values, *self._settled),
-            hooks.launch_enter_hook,
-            hooks.launch_exit_hook,
-            *values,
-            *self._settled,
-        )
+        enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+        metadata = None
+        if getattr(enter, "calls", True) or getattr(leave, "calls", True):  # a profiler of Triton's is listening
+            metadata = compiled.launch_metadata(self._grid, stream, *values, *self._settled)
+        else:
+            enter = leave = None
+        function, packed = compiled.function, compiled.packed_metadata
+        compiled.run(*self._grid, stream, function, packed, metadata, enter, leave, *values, *self._settled)
 
 
 def arrivals(x: torch.Tensor, num_blocks: int) -> torch.Tensor:

@@ -11,8 +11,11 @@ import triton.language as tl
 
 from syncbn.kernels.triton.arithmetic import activate, affine, batch_statistics, undo_activation
 
+# As in `reductions`.
+_EXTENTS = ("num_rows", "num_channels", "size", "columns_units", "steps_per_program", "num_blocks")
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_EXTENTS)
 def normalize(
     x,
     residual,
@@ -130,7 +133,7 @@ def normalize(
         tl.store(y + here, z.to(y.dtype.element_ty), mask=is_here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_EXTENTS)
 def input_gradient(
     grad,
     x,
@@ -218,7 +221,7 @@ def input_gradient(
         tl.store(dx + here, g.to(dx.dtype.element_ty), mask=is_here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_channels",))
 def finalize(
     payload,
     statistics,

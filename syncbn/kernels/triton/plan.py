@@ -47,14 +47,11 @@ def layout_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout | None
     if math.prod(shape) == 0:
         return Layout(is_planes=False, num_rows=0, num_channels=num_channels, size=1)
     size = math.prod(sizes)
-    # Rows first: with one position to a plane both hold.
+    if size > 1 and _is_contiguous(shape, strides):
+        return Layout(is_planes=True, num_rows=num_samples, num_channels=num_channels, size=size)
     if _is_contiguous((num_samples, *sizes, num_channels), (strides[0], *strides[2:], strides[1])):
         return Layout(is_planes=False, num_rows=num_samples * size, num_channels=num_channels, size=1)
-    if not _is_contiguous(shape, strides):
-        return None
-    if size == 1:
-        return Layout(is_planes=False, num_rows=num_samples, num_channels=num_channels, size=1)
-    return Layout(is_planes=True, num_rows=num_samples, num_channels=num_channels, size=size)
+    return None
 
 
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -98,11 +95,10 @@ def reduction(layout: Layout, itemsize: int, *, has_mask: bool, num_tensors: int
     num_programs = _PROGRAMS_PER_PROCESSOR * num_processors
     widest = _VECTOR_BYTES // itemsize
     extent = layout.size if layout.is_planes else layout.num_channels
-    unit = _unit(extent)
-    vector = min(unit, widest)
-    if layout.is_planes and vector < widest and not has_mask and layout.numel % widest == 0:
-        vector = widest  # vectors reach into neighbouring planes
-    lead = vector - 1 if unit < vector else 0
+    unit = vector = _unit(extent, widest)
+    lead = 0
+    if layout.is_planes and unit < widest and not has_mask and layout.numel % widest == 0:
+        unit, vector, lead = 1, widest, widest - 1  # vectors reach into neighbouring planes
     sweep = _NUM_THREADS * vector
     j = max(1, 32 // (vector * _power_of_two_from(num_tensors))) if layout.is_planes else max(2, 8 // num_tensors)
     if layout.is_planes:
@@ -176,8 +172,8 @@ def mapping(layout: Layout, itemsize: int, *, num_tensors: int, num_processors: 
         num_processors: Of the GPU.
     """
     columns = layout.num_channels * layout.size
-    unit = _unit(columns)
     widest = _VECTOR_BYTES // itemsize
+    unit = _unit(columns, widest)
     sweep = _NUM_THREADS * widest
     j = min(4 if num_tensors == 1 else 2, _power_of_two_from(layout.num_rows))
     if layout.is_planes:
@@ -222,9 +218,9 @@ def _tile_width(extent: int, widest: int, narrowest: int) -> int:
     return next((width for width in candidates if used[width] >= 0.85), max(candidates, key=lambda width: used[width]))
 
 
-def _unit(extent: int) -> int:
-    """The largest power of two up to 16 that divides it; the kernels' compiler looks no further either."""
-    return min(16, extent & -extent)
+def _unit(extent: int, widest: int) -> int:
+    """The largest power of two that divides it, up to what a thread loads at once."""
+    return min(widest, extent & -extent)
 
 
 def _power_of_two_from(n: int) -> int:

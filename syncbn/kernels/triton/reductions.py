@@ -13,8 +13,20 @@ import triton.language as tl
 
 from syncbn.kernels.triton.arithmetic import affine, undo_activation
 
+# Not compiled in, whatever they are: UNIT says what the compiler has to know of them, and sizes that vary are common.
+_EXTENTS = (
+    "num_samples",
+    "num_channels",
+    "size_units",
+    "samples_per_program",
+    "chunks_per_part",
+    "num_parts",
+    "num_blocks",
+    "num_splits",
+)
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_EXTENTS)
 def moments(
     x,
     mask,
@@ -134,7 +146,7 @@ def moments(
     tl.store(payload + 2 * num_channels + channel, n, mask=is_counting)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_EXTENTS)
 def gradient_sums(
     dy,
     x,

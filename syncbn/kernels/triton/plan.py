@@ -11,6 +11,7 @@ NUM_WARPS = 4
 _NUM_THREADS = 32 * NUM_WARPS
 _VECTOR_BYTES = 16  # what a thread loads at once
 _PROGRAMS_PER_PROCESSOR = 8
+_WELL_USED = 0.75  # share of a tile's values that exist; a narrower tile costs more instructions for each
 _MAX_STEPS = 8  # of a program of the second pass: enough to pay for forming its columns' coefficients
 
 
@@ -106,21 +107,19 @@ def reduction(layout: Layout, itemsize: int, *, has_mask: bool, num_tensors: int
         r = min(sweep // k, _power_of_two_from(layout.num_channels))
         num_blocks = _ceil(layout.num_channels, r)
         chunks = _ceil(extent + lead, k)
-        j = min(j, _power_of_two_from(max(chunks, layout.num_rows)))
-        along = _rounded_up(chunks, j) / chunks <= _rounded_up(layout.num_rows, j) / layout.num_rows
-        if along:
-            tiles = _ceil(chunks, j)  # of a plane
-            num_splits = min(layout.num_rows * tiles, _ceil(num_programs, num_blocks))
-            samples_per_program = max(1, layout.num_rows // num_splits)
-            tiles_per_part = _ceil(tiles, _ceil(num_splits, layout.num_rows))
-            chunks_per_part = tiles_per_part * j
-        else:
-            num_splits = min(_ceil(layout.num_rows, j), _ceil(num_programs, num_blocks))
-            samples_per_program = _rounded_up(_ceil(layout.num_rows, num_splits), j)
-            chunks_per_part = chunks
+        j_along, j_across = _tile_width(chunks, j, 1), _tile_width(layout.num_rows, j, 1)
+        along, j = j_along >= j_across, max(j_along, j_across)
+        # Tiles of a block of channels: so many one below another, so many along the planes.
+        below, beside = (layout.num_rows, _ceil(chunks, j)) if along else (_ceil(layout.num_rows, j), chunks)
+        wanted = _ceil(num_programs, num_blocks)
+        samples_per_program = max(1, below // wanted) * (1 if along else j)
+        tiles_per_part = _ceil(beside, max(1, wanted // below))
+        chunks_per_part = tiles_per_part * (j if along else 1)
         num_parts = _ceil(chunks, chunks_per_part)
     else:
-        k = _tile_width(extent, min(sweep, 32 * vector), 8 * vector)
+        # Blocks of 128 bytes of a row, or of 64: the fewer programs share one, the sooner the last has folded.
+        num_programs //= 4
+        k = _tile_width(extent, 8 * widest if extent > 16 * widest else 4 * widest, 2 * widest)
         num_blocks = _ceil(extent, k)
         r = min(sweep // k, _power_of_two_from(layout.num_rows))
         j = min(j, _power_of_two_from(_ceil(layout.num_rows, r)))
@@ -183,7 +182,9 @@ def mapping(layout: Layout, itemsize: int, *, num_tensors: int, num_processors: 
     r = min(max(1, sweep // k), _power_of_two_from(_ceil(layout.num_rows, j)))
     side_by_side, one_below_another = _ceil(columns, k), max(1, _ceil(layout.num_rows, j * r))
     along = layout.is_planes and one_below_another < _MAX_STEPS
-    steps = side_by_side * one_below_another // (_PROGRAMS_PER_PROCESSOR * num_processors)
+    # Where rows hold every channel, each thread forms the coefficients of its own ones: fewer programs then.
+    programs_per_processor = _PROGRAMS_PER_PROCESSOR if layout.is_planes else _PROGRAMS_PER_PROCESSOR // 2
+    steps = side_by_side * one_below_another // (programs_per_processor * num_processors)
     steps = max(1, min(steps, _MAX_STEPS, side_by_side if along else one_below_another))
     if along:
         if layout.size >= k:  # no more than two channels, if that leaves enough
@@ -215,7 +216,9 @@ def _tile_width(extent: int, widest: int, narrowest: int) -> int:
         width //= 2
         candidates.append(width)
     used = {width: extent / _rounded_up(extent, width) for width in candidates}
-    return next((width for width in candidates if used[width] >= 0.85), max(candidates, key=lambda width: used[width]))
+    return next(
+        (width for width in candidates if used[width] >= _WELL_USED), max(candidates, key=lambda width: used[width])
+    )
 
 
 def _unit(extent: int, widest: int) -> int:

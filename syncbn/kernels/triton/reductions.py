@@ -134,10 +134,10 @@ def moments(
             tl.store(mine + 2 * num_channels + channel, counted, mask=is_counting)
         is_last = _is_last(arrivals, block, num_splits)
         if is_last:
-            first = _fold(partials, row, channel, exists, num_splits)
-            second = _fold(partials + num_channels, row, channel, exists, num_splits)
+            first, second = _fold(partials, row, channel, num_channels + channel, exists, num_splits)
             if mask is not None:
-                counted = _fold(partials + 2 * num_channels, row, channel, is_counting, num_splits)
+                place = 2 * num_channels + channel
+                counted, _ = _fold(partials, row, place, place, is_counting, num_splits)
         exists = exists & is_last
         is_counting = is_counting & is_last
     tl.store(payload + channel, first, mask=exists)
@@ -278,8 +278,7 @@ def gradient_sums(
         tl.store(mine + num_channels + channel, second, mask=exists)
         is_last = _is_last(arrivals, block, num_splits)
         if is_last:
-            first = _fold(partials, row, channel, exists, num_splits)
-            second = _fold(partials + num_channels, row, channel, exists, num_splits)
+            first, second = _fold(partials, row, channel, num_channels + channel, exists, num_splits)
         exists = exists & is_last
     second -= (mean - pivot.to(tl.float64)) * first  # as moments.center_gradient_sums
     tl.store(sums + channel, first, mask=exists)
@@ -430,16 +429,18 @@ def _is_last(arrivals, block, num_splits):
 
 
 @triton.jit
-def _fold(partials, row, column, exists, num_splits):
-    """Σ over the splits, of those channels. Past the L1, which may hold what the memory was before."""
-    splits = tl.arange(0, 16)[:, None]
-    total = tl.zeros([16, column.shape[0]], tl.float64)
-    for first in range(0, num_splits, 16):
-        split = first + splits
-        total += tl.load(
-            partials + split.to(tl.int64) * row + column[None, :],
-            mask=(split < num_splits) & exists[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-    return tl.sum(total, 0)
+def _fold(partials, row, first_column, second_column, exists, num_splits):
+    """Σ over the splits, of two columns for each channel. Past the L1, which may hold what the memory was before."""
+    WIDTH: tl.constexpr = first_column.shape[0]
+    # As many loads at once as there are registers for: what the others left is on its way only then.
+    P: tl.constexpr = 256 if WIDTH <= 4 else 16 if WIDTH >= 64 else 1024 // WIDTH
+    splits = tl.arange(0, P)[:, None]
+    first = tl.zeros([P, WIDTH], tl.float64)
+    second = first
+    for start in range(0, num_splits, P):
+        split = start + splits
+        from_there = partials + split.to(tl.int64) * row
+        is_there = (split < num_splits) & exists[None, :]
+        first += tl.load(from_there + first_column[None, :], mask=is_there, other=0.0, cache_modifier=".cg")
+        second += tl.load(from_there + second_column[None, :], mask=is_there, other=0.0, cache_modifier=".cg")
+    return tl.sum(first, 0), tl.sum(second, 0)

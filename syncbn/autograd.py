@@ -109,6 +109,9 @@ def all_reduced_backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of input, weight, bias and residual; None where `needs`, in the same order, is False."""
     backend = backend_for(input)
+    if output is None and backend.saves_output(activation, has_residual=False):
+        # Saved by another backend's rule, which a graph compiled elsewhere may have kept; there was no residual then.
+        output = backend.normalize(input, statistics, weight, bias, None, mask, activation)
     sums, grad, grad_weight, grad_bias, remaining = backend.gradient_sums(
         grad_output, input, statistics, weight, bias, output, residual, mask, activation
     )

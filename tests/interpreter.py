@@ -33,9 +33,37 @@ def _repair() -> None:
                 return interpreter.TensorHandle(rounded.reshape(src.data.shape), tl.bfloat16)
             if src.dtype.scalar == tl.float64 and dst_type.scalar == tl.bfloat16:
                 return self.cast_impl(super().cast_impl(src, tl.float32), dst_type)
+            # It loses what is smaller than normal numbers.
+            if src.dtype.scalar == tl.bfloat16 and dst_type.scalar == tl.float32:
+                return interpreter.TensorHandle((src.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
             return super().cast_impl(src, dst_type)
 
+    convert, launch = interpreter._implicit_cvt, interpreter.GridExecutor.__call__
+    patched = set()
+
+    def convert_argument(argument):
+        # A float becomes a constant, of float32 wherever it is assigned, although it is annotated float64.
+        if isinstance(argument, float):
+            return tl.tensor(interpreter.TensorHandle(np.array([argument]), tl.float64), tl.float64)
+        return convert(argument)
+
+    def launch_quietly(self, *arguments, **options):
+        with np.errstate(all="ignore"):  # it warns of a NaN or an overflow, where the hardware goes on
+            return launch(self, *arguments, **options)
+
+    def call(self, *arguments, **options):
+        # Its own patches the language again for each call of a function, which is half of its time.
+        if self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*arguments, **options)
+
     interpreter.interpreter_builder.__class__ = Builder
+    # Checks of every integer operation are half of the rest; no test has a size that they could find.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter._implicit_cvt = convert_argument
+    interpreter.GridExecutor.__call__ = launch_quietly
 
 
 if DEVICE.type == "cpu":

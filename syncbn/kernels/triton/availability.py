@@ -38,8 +38,13 @@ def _obstacle(device_index: int) -> str | None:
         return "Triton is not installed (pip install triton; torch's builds for GPUs bring it on Linux)"
     if not torch.cuda.is_available():
         return "torch finds no GPU"
-    if torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device_index)
-        if capability < _OLDEST_CAPABILITY:
-            return f"its compute capability {capability[0]}.{capability[1]} is older than 7.0"
+    if torch.version.hip is not None:
+        return "it is AMD's: there a program's barrier does not wait for what its other threads have stored"
+    capability = torch.cuda.get_device_capability(device_index)
+    if capability < _OLDEST_CAPABILITY:
+        return f"its compute capability {capability[0]}.{capability[1]} is older than 7.0"
+    try:  # it builds its part of the driver at first use, for which it needs a C compiler
+        _ = importlib.import_module("triton").runtime.driver.active.utils
+    except Exception as error:
+        return f"Triton does not work ({type(error).__name__}: {error})"
     return None

@@ -7,7 +7,9 @@ import functools
 from typing import NamedTuple
 
 import torch
+from torch.autograd.graph import increment_version
 
+from syncbn import moments as _moments_of
 from syncbn.activation import IDENTITY, Activation
 from syncbn.kernels.backend import GradientSums, Meetings
 from syncbn.kernels.triton import maps, reductions
@@ -35,6 +37,8 @@ def moments(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 def finalize(payload: torch.Tensor, eps: float, running: RunningStatistics | None) -> torch.Tensor:
     """As `Backend.finalize`."""
+    if running is not None and not _is_updatable(running, payload):
+        return _moments_of.finalize(payload, eps, running)
     statistics = torch.empty_like(payload)
     _finalize(payload.size(0) // 2, payload.get_device())(payload, statistics, *_running(running), eps)
     return statistics
@@ -65,6 +69,9 @@ def finalize_and_normalize(
     activation: Activation,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Backend.finalize_and_normalize`, in one launch."""
+    if running is not None and not _is_updatable(running, payload):
+        statistics = _moments_of.finalize(payload, eps, running)
+        return normalize(x, statistics, weight, bias, residual, mask, activation), statistics
     statistics = torch.empty_like(payload)
     return _map_forward(x, payload, statistics, eps, running, weight, bias, residual, mask, activation), statistics
 
@@ -88,6 +95,7 @@ def gradient_sums(
     has_residual = y is not None or residual is not None
     is_written = has_residual or (mask is not None and activation == IDENTITY)  # then there may have been one
     x, layout = _dense(x)
+    dy = _laid_out(dy, x)
     pass_ = _gradient_sums(layout, x.dtype, x.get_device(), mask is not None, has_residual, activation)
     grad = torch.empty_like(x) if is_written else None
     num_channels = layout.num_channels
@@ -95,7 +103,7 @@ def gradient_sums(
     grad_weight = None if weight is None else weight.new_empty(num_channels)
     grad_bias = None if bias is None else bias.new_empty(num_channels)
     pass_.launch(
-        _laid_out(dy, x),
+        dy,
         x,
         None if y is None else _laid_out(y, x),
         None if residual is None else _laid_out(residual, x),
@@ -186,8 +194,11 @@ def _map_forward(
 
 def _dense(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:
     layout = layout_of(x.shape, x.stride())
-    if layout is None:
-        x = x.contiguous()
+    if layout is None or not _is_as_in_memory(x):
+        x = x.clone()  # in the order of x's dimensions, where it has one
+        if layout_of(x.shape, x.stride()) is None:
+            x = x.contiguous()
+        x = x.resolve_neg()
         layout = layout_of(x.shape, x.stride())
         assert layout is not None
     return x, layout
@@ -195,16 +206,30 @@ def _dense(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:
 
 def _laid_out(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """As x lies in memory, by a copy where it does not: an expanded gradient, say."""
-    if values.stride() == x.stride() or x.numel() == 0:
+    if _is_as_in_memory(values) and (values.stride() == x.stride() or _lie_alike(values, x)):
         return values
     return torch.empty_like(x).copy_(values)
+
+
+def _lie_alike(values: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether both have the same strides, where those mean something."""
+    return x.numel() == 0 or all(
+        length == 1 or stride == other
+        for length, stride, other in zip(x.shape, values.stride(), x.stride(), strict=True)
+    )
+
+
+def _is_as_in_memory(values: torch.Tensor) -> bool:
+    """Whether it has the values that its memory has."""
+    return not (values.is_neg() or values._is_zerotensor())
 
 
 def _as_given(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """In the layout that torch's element-wise operations would give for x."""
     if x.stride() == values.stride():
         return values
-    return torch.empty_like(x).copy_(values)
+    like = torch.empty_like(x)
+    return values if like.stride() == values.stride() else like.copy_(values)
 
 
 class _Reduction(NamedTuple):
@@ -262,7 +287,7 @@ def _reduction(
         num_tensors=num_tensors,
         num_processors=num_processors(device_index),
     )
-    settled = (
+    extents = (
         layout.num_rows,
         layout.num_channels,
         plan.size_units,
@@ -271,6 +296,8 @@ def _reduction(
         plan.num_parts,
         plan.num_blocks,
         plan.num_splits,
+    )
+    constants = (
         *constants,
         layout.is_planes,
         plan.unit,
@@ -282,7 +309,7 @@ def _reduction(
         plan.num_splits > 1,
         compute_type(dtype),
     )
-    launch = Launch(kernel, plan.num_programs, device_index, settled)
+    launch = Launch(kernel, plan.num_programs, device_index, extents, constants)
     return _Reduction(launch, row, plan.num_splits, plan.num_blocks)
 
 
@@ -309,13 +336,15 @@ def _map(
     constants: tuple[object, ...],
 ) -> Launch:
     plan = mapping(layout, dtype.itemsize, num_tensors=num_tensors, num_processors=num_processors(device_index))
-    settled = (
+    extents = (
         layout.num_rows,
         layout.num_channels,
         layout.size,
         plan.columns_units,
         plan.steps_per_program,
         plan.num_blocks,
+    )
+    constants = (
         *constants,
         layout.is_planes,
         plan.unit,
@@ -326,13 +355,13 @@ def _map(
         plan.q,
         compute_type(dtype),
     )
-    return Launch(kernel, plan.num_programs, device_index, settled)
+    return Launch(kernel, plan.num_programs, device_index, extents, constants)
 
 
 @functools.lru_cache(maxsize=4096)
 def _finalize(num_channels: int, device_index: int) -> Launch:
     num_programs = -(-num_channels // _CHANNELS_PER_PROGRAM)
-    return Launch(maps.finalize, num_programs, device_index, (num_channels, _CHANNELS_PER_PROGRAM))
+    return Launch(maps.finalize, num_programs, device_index, (num_channels,), (_CHANNELS_PER_PROGRAM,))
 
 
 def _running(running: RunningStatistics | None) -> tuple[torch.Tensor | float | None, ...]:
@@ -340,7 +369,17 @@ def _running(running: RunningStatistics | None) -> tuple[torch.Tensor | float | 
     if running is None:
         return None, None, None, None, None, 0.0
     mean, var, num_batches, momentum, num_nonfinite = running
+    increment_version([buffer for buffer in (mean, var, num_batches, num_nonfinite) if buffer is not None])
     if momentum is not None:
         return mean, var, num_batches, None, num_nonfinite, momentum
     assert num_batches is not None
     return mean, var, num_batches, num_batches.clone(), num_nonfinite, 0.0
+
+
+def _is_updatable(running: RunningStatistics, payload: torch.Tensor) -> bool:
+    """Whether the kernels may write to what they are handed the addresses of."""
+    return all(
+        buffer.is_contiguous() and buffer.device == payload.device
+        for buffer in (running.mean, running.var, running.num_batches, running.num_nonfinite)
+        if buffer is not None
+    )

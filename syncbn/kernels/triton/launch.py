@@ -1,5 +1,6 @@
 """Starting kernels: with little to do on the host, on the right device, with memory for their programs to meet in."""
 
+import threading
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ _ALIGNMENT = 16  # of pointers, for vectors as wide as they get
 _MAX_BLOCKS = 1 << 14
 _INTERPRETED_PROCESSORS = 2  # for tensors that are on no GPU: Triton's interpreter runs the programs one by one
 
+_kept: dict[tuple[object, ...], dict[tuple[torch.dtype | None, ...], Any]] = {}
 _arrivals: dict[tuple[int, int], torch.Tensor] = {}
 _num_processors: dict[int, int] = {}
 
@@ -23,22 +25,30 @@ class Launch:
     """A kernel with its grid, and with all of its arguments settled that shapes and options decide.
 
     Triton's own way finds the compiled kernel again at each call, by every argument; that takes longer than a small
-    batch. Here it is kept, by what is left to differ: which tensors are given, their dtypes, and whether all of them
-    are aligned; where one is not, the call goes Triton's way.
+    batch. Here it is kept, for all batches of the same constants, by what is left to differ: which tensors are given,
+    their dtypes, and whether all of them are aligned; where one is not, the call goes Triton's way.
 
     Args:
-        kernel: The jitted function; its first parameters are pointers and floats, all others are settled.
+        kernel: The jitted function; its parameters are pointers and floats, extents, constants, in this order.
         num_programs: Size of the one-dimensional grid.
         device_index: Of the GPU, or -1 for Triton's interpreter.
-        settled: The last arguments, integers and constants.
+        extents: Integers of 32 bits that the kernel is not specialized on.
+        constants: What it is compiled for.
     """
 
-    def __init__(self, kernel: Any, num_programs: int, device_index: int, settled: tuple[object, ...]) -> None:  # noqa: ANN401 - Triton's types say nothing
+    def __init__(
+        self,
+        kernel: Any,  # noqa: ANN401 - Triton's types say nothing
+        num_programs: int,
+        device_index: int,
+        extents: tuple[int, ...],
+        constants: tuple[object, ...],
+    ) -> None:
         self._kernel = kernel
         self._grid = (num_programs, 1, 1)
         self._device_index = device_index
-        self._settled = settled
-        self._compiled: dict[tuple[torch.dtype | None, ...], Any] = {}
+        self._settled = *extents, *constants
+        self._compiled = _kept.setdefault((kernel, device_index, constants), {})
 
     def __call__(self, *arguments: torch.Tensor | float | None) -> None:
         """Starts it on the current stream of the device.
@@ -96,8 +106,24 @@ def arrivals(x: torch.Tensor, num_blocks: int) -> torch.Tensor:
     key = index, torch._C._cuda_getCurrentRawStream(index)
     counters = _arrivals.get(key)
     if counters is None:
-        counters = _arrivals[key] = x.new_zeros(_MAX_BLOCKS, dtype=torch.int32)
+        counters = _arrivals[key] = _outside_of_pools(index)
     return counters
+
+
+def _outside_of_pools(device_index: int) -> torch.Tensor:
+    """Memory to keep, even where this thread allocates from a pool that is not to be kept from, as a graph's."""
+    made: list[torch.Tensor] = []
+    is_clear = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def make() -> None:
+        made.append(torch.zeros(_MAX_BLOCKS, dtype=torch.int32, device=torch.device("cuda", device_index)))
+        is_clear.record(torch.cuda.current_stream(device_index))
+
+    thread = threading.Thread(target=make)  # pools are a thread's own
+    thread.start()
+    thread.join()
+    torch.cuda.current_stream(device_index).wait_event(is_clear)
+    return made[0]
 
 
 def num_processors(device_index: int) -> int:

@@ -118,10 +118,16 @@ def normalize(
         mean = tl.load(reduced + channel, mask=is_channel, other=0.0)
         invstd = tl.load(reduced + num_channels + channel, mask=is_channel, other=0.0)
     pivot, scale, shift = affine(mean, invstd, weight, bias, channel, is_channel, COMPUTE)
+    if not ALONG:
+        always = _channel_of_column(0, column, size, PLANES, ALONG, K, Q)
+        pivot = _by_column(pivot, always, PLANES, Q)
+        scale = _by_column(scale, always, PLANES, Q)
+        shift = _by_column(shift, always, PLANES, Q)
     for step in range(num_steps):
-        of_column = _channel_of_column(step, column, size, PLANES, ALONG, K, Q)
-        z = values.to(COMPUTE) - _by_column(pivot, of_column, PLANES, Q)
-        z = tl.fma(z, _by_column(scale, of_column, PLANES, Q), _by_column(shift, of_column, PLANES, Q))
+        of_column = _channel_of_column(step, column, size, PLANES, ALONG, K, Q) if ALONG else always
+        z = values.to(COMPUTE) - (_by_column(pivot, of_column, PLANES, Q) if ALONG else pivot)
+        scale_here = _by_column(scale, of_column, PLANES, Q) if ALONG else scale
+        z = tl.fma(z, scale_here, _by_column(shift, of_column, PLANES, Q) if ALONG else shift)
         here, is_here = offsets, exists
         offsets, exists = _tile(step + 1, num_steps, row, end_row, column, columns, ALONG, J, R, K)
         values = tl.load(x + offsets, mask=exists, other=0.0)
@@ -202,20 +208,27 @@ def input_gradient(
     pivot, scale, shift = affine(mean, invstd, weight, bias, channel, is_channel, COMPUTE)
     x_shift = ((mean - pivot.to(tl.float64)) * factor - grad_mean).to(COMPUTE)
     x_factor = (-factor).to(COMPUTE)
+    if not ALONG:
+        always = _channel_of_column(0, column, size, PLANES, ALONG, K, Q)
+        pivot = _by_column(pivot, always, PLANES, Q)
+        scale = _by_column(scale, always, PLANES, Q)
+        shift = _by_column(shift, always, PLANES, Q)
+        x_shift = _by_column(x_shift, always, PLANES, Q)
+        x_factor = _by_column(x_factor, always, PLANES, Q)
     for step in range(num_steps):
-        of_column = _channel_of_column(step, column, size, PLANES, ALONG, K, Q)
-        centered = values.to(COMPUTE) - _by_column(pivot, of_column, PLANES, Q)
+        of_column = _channel_of_column(step, column, size, PLANES, ALONG, K, Q) if ALONG else always
+        centered = values.to(COMPUTE) - (_by_column(pivot, of_column, PLANES, Q) if ALONG else pivot)
         g = gradients.to(COMPUTE)
         here, is_here = offsets, exists
         offsets, exists = _tile(step + 1, num_steps, row, end_row, column, columns, ALONG, J, R, K)
         values = tl.load(x + offsets, mask=exists, other=0.0)
         gradients = tl.load(grad + offsets, mask=exists, other=0.0)
-        scale_here = _by_column(scale, of_column, PLANES, Q)
+        scale_here = _by_column(scale, of_column, PLANES, Q) if ALONG else scale
         if ACTIVATION != 0:
-            z = tl.fma(centered, scale_here, _by_column(shift, of_column, PLANES, Q))
-            g = undo_activation(g, z, ACTIVATION, SLOPE)
-        g = tl.fma(centered, _by_column(x_factor, of_column, PLANES, Q), g)
-        g = (g + _by_column(x_shift, of_column, PLANES, Q)) * scale_here
+            shift_here = _by_column(shift, of_column, PLANES, Q) if ALONG else shift
+            g = undo_activation(g, tl.fma(centered, scale_here, shift_here), ACTIVATION, SLOPE)
+        g = tl.fma(centered, _by_column(x_factor, of_column, PLANES, Q) if ALONG else x_factor, g)
+        g = (g + (_by_column(x_shift, of_column, PLANES, Q) if ALONG else x_shift)) * scale_here
         if mask is not None:
             g = tl.where(_valid(mask, step, row, column, size, of_column, is_here, PLANES, ALONG, J, R, K), g, 0.0)
         tl.store(dx + here, g.to(dx.dtype.element_ty), mask=is_here)

@@ -118,7 +118,8 @@ def reduction(layout: Layout, itemsize: int, *, has_mask: bool, num_tensors: int
         num_parts = _ceil(chunks, chunks_per_part)
     else:
         # Blocks of 128 bytes of a row, or of 64: the fewer programs share one, the sooner the last has folded.
-        num_programs //= 4
+        if vector == widest:
+            num_programs = max(1, num_programs // 4)
         k = _tile_width(extent, 8 * widest if extent > 16 * widest else 4 * widest, 2 * widest)
         num_blocks = _ceil(extent, k)
         r = min(sweep // k, _power_of_two_from(layout.num_rows))
@@ -183,7 +184,7 @@ def mapping(layout: Layout, itemsize: int, *, num_tensors: int, num_processors: 
     side_by_side, one_below_another = _ceil(columns, k), max(1, _ceil(layout.num_rows, j * r))
     along = layout.is_planes and one_below_another < _MAX_STEPS
     # Where rows hold every channel, each thread forms the coefficients of its own ones: fewer programs then.
-    programs_per_processor = _PROGRAMS_PER_PROCESSOR if layout.is_planes else _PROGRAMS_PER_PROCESSOR // 2
+    programs_per_processor = _PROGRAMS_PER_PROCESSOR if layout.is_planes else max(1, _PROGRAMS_PER_PROCESSOR // 2)
     steps = side_by_side * one_below_another // (programs_per_processor * num_processors)
     steps = max(1, min(steps, _MAX_STEPS, side_by_side if along else one_below_another))
     if along:

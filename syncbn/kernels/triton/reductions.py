@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 
 from syncbn.kernels.triton.arithmetic import affine, undo_activation
+from syncbn.kernels.triton.constants import SILU
+
+_SILU = tl.constexpr(SILU)
 
 # Not compiled in, whatever they are: UNIT says what the compiler has to know of them, and sizes that vary are common.
 _EXTENTS = (
@@ -267,6 +270,8 @@ def gradient_sums(
             if (mask is not None) | (PLANES & (UNIT < VECTOR)):
                 g = tl.where(valid, g, 0.0)
                 centered = tl.where(valid, centered, 0.0)  # x may be NaN there, which a factor of 0 would let through
+            elif ACTIVATION == _SILU:
+                g = tl.where(valid, g, 0.0)  # z may have overflowed
             grad_sum += _over_tile(_by_thread(g, PLANES, VECTOR, J, R, K), PLANES).to(tl.float64)
             product_sum += _over_tile(_by_thread(g * centered, PLANES, VECTOR, J, R, K), PLANES).to(tl.float64)
     first = _over_program(grad_sum, PLANES)

@@ -1,16 +1,17 @@
-"""The compiled passes, in one process, against float64 formulas that are written out here.
+"""The compiled passes, in one process, against the float64 formulas of `tests.kernel_truth`.
 
 A failure in one layout alone points to strides, in one dtype alone to a conversion, in odd sizes alone to the lanes at
 the end of a span, with two threads alone to how the work is cut. Outputs start as NaN, so a value that was never
 written shows.
 """
 
+import functools
 import logging
 import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,15 +23,10 @@ from syncbn.activation import IDENTITY, Activation
 from syncbn.kernels import backend_for, eager
 from syncbn.kernels import native as kernels
 from syncbn.moments import RunningStatistics
+from tests import kernel_truth
+from tests.kernel_truth import DTYPES, EPS, LAYOUTS, Step, parameters, random
 
 pytestmark = pytest.mark.skipif(os.environ.get("SYNCBN_NATIVE") == "0", reason="SYNCBN_NATIVE=0")
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-# Largest error of a tensor, relative to its largest value: a few roundings of the precision that it is computed in,
-# and for the narrow types one rounding (2^-9, 2^-12) of g before dx and one of the result.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-EPS = 0.1  # large: where a layout repeats one value, 1/√eps multiplies the rounding of a variance of 0
 
 
 @pytest.fixture(autouse=True)
@@ -55,155 +51,11 @@ def num_threads(request):
     torch.set_num_threads(before)
 
 
-def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def channels_last(x: torch.Tensor) -> torch.Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def padded(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """The same values as a slice of a larger tensor whose other values are NaN."""
-    nan = torch.full_like(x, torch.nan)
-    return torch.cat([nan, x, nan], dim).narrow(dim, x.size(dim), x.size(dim))
-
-
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels_last": channels_last,
-    "channel_slice": lambda x: padded(x, 1),
-    "channel_slice_channels_last": lambda x: padded(channels_last(x).movedim(1, -1), -1).movedim(-1, 1),
-    "every_other_sample": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], 1).flatten(0, 1)[::2],
-    "every_other_sample_channels_last": lambda x: channels_last(
-        torch.stack([x, torch.full_like(x, torch.nan)], 1).flatten(0, 1)
-    )[::2],
-    "crop": lambda x: padded(x, -1),
-    "crop_channels_last": lambda x: padded(channels_last(x).movedim(1, -1), -2).movedim(-1, 1),
-    "batch_inside": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
-    "strided": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0],
-    "same_sample": lambda x: x[:1].expand_as(x),
-    "same_sample_channels_last": lambda x: channels_last(x)[:1].expand_as(x),
-    "same_everywhere": lambda x: x.flatten()[0].expand_as(x),
-}
-
 # Lanes are 2 to 16, blocks of channels 4 to 64, tiles 4096 positions: below, at and above each.
 SHAPES = [(3, 5), (33, 67), (2, 3, 7), (3, 17, 5, 7), (2, 64, 4, 4), (2, 131, 3, 1), (1, 1, 70, 61), (2, 5, 3, 4, 5)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """What goes into one training step of the layer on one rank."""
-
-    x: torch.Tensor
-    dy: torch.Tensor
-    weight: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    residual: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    activation: Activation = IDENTITY
-
-
-def truth(step: Step) -> dict[str, torch.Tensor | None]:
-    """In float64, by autograd through the definition; mean and variance over the positions of the mask."""
-    x = step.x.double()
-    mask = torch.ones_like(x[:, :1], dtype=torch.bool) if step.mask is None else step.mask
-    mask = mask.expand_as(x)
-    dims, view = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
-    x = torch.where(mask, x, 0).requires_grad_()
-    parameters = [None if p is None else p.double().requires_grad_() for p in (step.weight, step.bias)]
-    n = mask[:, 0].sum().double()
-    mean = x.sum(dims) / n.clamp_min(1)
-    centered = torch.where(mask, x - mean.view(view), 0)
-    var = centered.square().sum(dims) / n.clamp_min(1)
-    z = centered * (var + EPS).rsqrt().view(view)
-    if parameters[0] is not None:
-        z = z * parameters[0].view(view)
-    if parameters[1] is not None:
-        z = z + parameters[1].view(view)
-    if step.residual is not None:
-        z = z + torch.where(mask, step.residual.double(), 0)
-    z.retain_grad()
-    f = {
-        None: lambda t: t,
-        "relu": F.relu,
-        "leaky_relu": lambda t: F.leaky_relu(t, step.activation.negative_slope),
-        "silu": F.silu,
-    }[step.activation.name]
-    y = torch.where(mask, f(z), 0)
-    y.backward(torch.where(mask, step.dy.double(), 0))
-    assert z.grad is not None
-    return {
-        "payload": torch.cat([x.detach().sum(dims), x.detach().square().sum(dims), n.view(1)]),
-        "statistics": torch.cat([mean, (var + EPS).rsqrt(), n.view(1)]).detach(),
-        "y": y.detach(),
-        "sums": torch.stack([z.grad.sum(dims), (z.grad * centered).sum(dims)]).detach(),
-        "grad": z.grad,
-        "grad_weight": None if parameters[0] is None else parameters[0].grad,
-        "grad_bias": None if parameters[1] is None else parameters[1].grad,
-        "dx": torch.where(mask, x.grad, 0),
-    }
-
-
-def run(step: Step) -> dict[str, torch.Tensor | None]:
-    x, weight, bias, residual, mask, activation = (
-        step.x, step.weight, step.bias, step.residual, step.mask, step.activation,
-    )  # fmt: skip
-    payload = kernels.moments(x, mask)
-    statistics = kernels.finalize(payload, EPS, None)
-    y = kernels.normalize(x, statistics, weight, bias, residual, mask, activation)
-    sums, grad, grad_weight, grad_bias, remaining = kernels.gradient_sums(
-        step.dy,
-        x,
-        statistics,
-        weight,
-        bias,
-        y if activation.saves_output else None,
-        residual if activation.saves_residual else None,
-        mask,
-        activation,
-    )
-    dx = kernels.input_gradient(grad, x, statistics, sums, weight, bias, mask, remaining)
-    return {
-        "payload": payload,
-        "statistics": statistics,
-        "y": y,
-        "sums": sums,
-        "grad": grad,
-        "grad_weight": grad_weight,
-        "grad_bias": grad_bias,
-        "dx": dx,
-    }
-
-
-def check(step: Step) -> dict[str, torch.Tensor | None]:
-    got, expected = run(step), truth(step)
-    for name, value in got.items():
-        exact = expected[name]
-        if exact is None:
-            assert value is None, name
-            continue
-        assert value is not None, name
-        assert value.shape == exact.shape, name
-        if exact.numel() == 0:
-            continue
-        # Sums of n values of float32 cancel; what is left is measured against the sum of their magnitudes, ~ n.
-        scale = exact.abs().max().clamp_min(1 if name != "sums" else exact.size(-1))
-        error = ((value.double() - exact).abs().max() / scale).item()
-        assert error <= TOLERANCE[step.x.dtype] * (4 if name == "sums" else 1), (name, step.x.dtype, error)
-    for name in ("y", "dx"):
-        value = got[name]
-        assert value is not None
-        assert value.dtype == step.x.dtype
-        assert value.stride() == torch.empty_like(step.x).stride(), name
-    return got
-
-
-def parameters(channels: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {
-        "weight": random(channels, dtype=dtype, seed=11) * 0.5 + 1,
-        "bias": random(channels, dtype=dtype, seed=12),
-    }
+run, check = (functools.partial(function, kernels) for function in (kernel_truth.run, kernel_truth.check))
 
 
 def test_it_is_chosen_for_cpu_tensors():
@@ -295,14 +147,10 @@ def test_parameters_need_not_be_contiguous():
 def test_an_empty_batch_has_zero_sums_and_empty_results(shape, dtype):
     x, mask = torch.zeros(shape, dtype=dtype), torch.ones(shape[0], 1, *shape[2:], dtype=torch.bool)
     for step in (Step(x=x, dy=x), Step(x=x, dy=x, residual=x, mask=mask, activation=Activation("silu"))):
-        got = check(Step(**{**vars_of(step), **parameters(3, dtype)}))
+        got = check(replace(step, **parameters(3, dtype)))
         assert got["payload"].tolist() == [0.0] * 7
         assert got["sums"].tolist() == [[0.0] * 3] * 2
         assert got["grad_weight"].tolist() == got["grad_bias"].tolist() == [0.0] * 3
-
-
-def vars_of(step: Step) -> dict[str, object]:
-    return {name: getattr(step, name) for name in step.__dataclass_fields__}
 
 
 def test_a_mask_without_any_position_gives_zeros():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from service.domain.spec import parse_spec
 from service.storage.manifest import verify_directory
-from service.training.datasets import build_dataset
+from service.training.data import build_dataset
 from service.training.models import build_model
 
 
@@ -26,10 +26,14 @@ def main() -> None:
     arguments = parser.parse_args()
     manifest = verify_directory(arguments.directory)  # every file is what its SHA-256 says
     spec = parse_spec(yaml.safe_load(arguments.job.read_text()))
-    dataset = build_dataset(spec.dataset)
+    dataset = build_dataset(spec.dataset, seed=spec.seed)
     images, labels = dataset.held_out.inputs, dataset.held_out.targets
     model = build_model(
-        spec.model, input_shape=tuple(images.shape[1:]), num_classes=dataset.num_classes, seed=spec.seed
+        spec.model,
+        input_shape=tuple(images.shape[1:]),
+        num_outputs=dataset.num_outputs,
+        task="classification",
+        seed=spec.seed,
     )
     model.load_state_dict(load_file(arguments.directory / "model.safetensors"))
     model.eval()

@@ -3,11 +3,13 @@
 ServiceError
 ├── NotFound                no such job, checkpoint or file (or not yours)
 ├── InvalidSpec             a job specification that cannot be run as written
+├── InvalidUpload           a file that is not what it should be, or could do harm
 ├── InvalidCursor           a page cursor that this service did not hand out
 ├── IdempotencyConflict     a key used before with another request
 ├── InvalidTransition       the job's status does not allow what was asked
 ├── StaleWrite              an attempt or scheduler that is no longer current tried to write
 ├── LeaseLost               this scheduler no longer leads
+├── UserCodeRefused         code or data that a job brings cannot be used on a node
 ├── StorageError            run storage refused or lost something
 │   └── CorruptCheckpoint   a file of a checkpoint differs from its manifest
 └── Unavailable             the database or the cluster does not answer; try again
@@ -57,6 +59,10 @@ class InvalidSpec(ServiceError):
     """A job specification that cannot be run as written."""
 
 
+class InvalidUpload(ServiceError):
+    """A file that is not what it should be, or could do harm."""
+
+
 class InvalidCursor(ServiceError):
     """A page cursor that this service did not hand out."""
 
@@ -75,6 +81,10 @@ class StaleWrite(ServiceError):
 
 class LeaseLost(ServiceError):
     """This scheduler no longer leads."""
+
+
+class UserCodeRefused(ServiceError):
+    """Code or data that a job brings cannot be used on a node; running the job again would meet the same."""
 
 
 class StorageError(ServiceError):

@@ -19,13 +19,14 @@ class JobStatus(StrEnum):
     STARTING = "starting"
     RUNNING = "running"
     STOPPING = "stopping"
+    PAUSED = "paused"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the job has ended for good."""
+        """Whether the job has ended; what failed or was cancelled may still be resumed by its owner."""
         return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 
 
@@ -57,6 +58,11 @@ class Reason(StrEnum):
     COMPLETED = "completed"
     CANCEL_REQUESTED = "cancel_requested"
     CANCELLED = "cancelled"
+    PAUSE_REQUESTED = "pause_requested"
+    PAUSED = "paused"
+    RESIZED = "resized"
+    RESUMED = "resumed"
+    FORKED = "forked"
     USER_ERROR = "user_error"
     RANK_LOST = "rank_lost"
     NODE_LOST = "node_lost"
@@ -71,15 +77,18 @@ class Reason(StrEnum):
 
 TRANSITIONS: Mapping[JobStatus, frozenset[JobStatus]] = MappingProxyType(
     {
-        JobStatus.QUEUED: frozenset({JobStatus.STARTING, JobStatus.CANCELLED}),
+        JobStatus.QUEUED: frozenset({JobStatus.STARTING, JobStatus.CANCELLED, JobStatus.PAUSED}),
         JobStatus.STARTING: frozenset(
             {JobStatus.RUNNING, JobStatus.QUEUED, JobStatus.STOPPING, JobStatus.SUCCEEDED, JobStatus.FAILED}
         ),
-        JobStatus.RUNNING: frozenset({JobStatus.QUEUED, JobStatus.STOPPING, JobStatus.SUCCEEDED, JobStatus.FAILED}),
-        JobStatus.STOPPING: frozenset({JobStatus.CANCELLED, JobStatus.SUCCEEDED, JobStatus.FAILED}),
+        JobStatus.RUNNING: frozenset(
+            {JobStatus.STARTING, JobStatus.QUEUED, JobStatus.STOPPING, JobStatus.SUCCEEDED, JobStatus.FAILED}
+        ),
+        JobStatus.STOPPING: frozenset({JobStatus.CANCELLED, JobStatus.PAUSED, JobStatus.SUCCEEDED, JobStatus.FAILED}),
+        JobStatus.PAUSED: frozenset({JobStatus.QUEUED, JobStatus.CANCELLED}),
         JobStatus.SUCCEEDED: frozenset(),
-        JobStatus.FAILED: frozenset(),
-        JobStatus.CANCELLED: frozenset(),
+        JobStatus.FAILED: frozenset({JobStatus.QUEUED}),
+        JobStatus.CANCELLED: frozenset({JobStatus.QUEUED}),
     }
 )
 
@@ -116,6 +125,20 @@ class Failure(Record):
     traceback: str | None = None
 
 
+class Origin(Record):
+    """The checkpoint that a job was forked from.
+
+    Attributes:
+        job_id: whose it is.
+        attempt: which attempt of that job wrote it.
+        step: optimizer steps done.
+    """
+
+    job_id: str
+    attempt: int
+    step: int
+
+
 class Job(Record):
     """A job as the store knows it.
 
@@ -123,10 +146,14 @@ class Job(Record):
         reason: why it has its status.
         message: the same in words.
         attempt: number of the current or last attempt; 0 before the first.
-        retries_used: attempts that were lost and counted against ``spec.retry.budget``.
+        retries_used: attempts that were lost and counted against ``spec.retry.budget``, since it was last resumed.
         step: optimizer steps done, along the line of attempts that counts.
         num_steps: steps of the whole job, where known.
         cancel_requested: a cancel was asked for and not yet carried out.
+        pause_requested: likewise a pause.
+        workers_wanted: most workers that the job is to have, as its owner last asked; None: ``spec.workers.max``.
+        resize_requested: the owner asked for that, and the present attempt does not have them yet.
+        forked_from: where it began, if not at step 0.
         running_s: time spent running in ended attempts, in seconds.
     """
 
@@ -140,6 +167,10 @@ class Job(Record):
     step: int
     num_steps: int | None
     cancel_requested: bool
+    pause_requested: bool = False
+    workers_wanted: int | None = None
+    resize_requested: bool = False
+    forked_from: Origin | None = None
     running_s: float
     failure: Failure | None
     created_at: datetime
@@ -156,6 +187,7 @@ class Attempt(Record):
         last_sequence: the last journal record taken into the store; 0 before the first.
         resumed_from_step: step of the checkpoint it started from; 0 from the beginning; None before it said so.
         stop_reason: why it was asked to stop, if it was.
+        target_node_ids: where the next attempt goes, if this one was asked to stop to be resized; held for it.
     """
 
     job_id: str
@@ -166,6 +198,7 @@ class Attempt(Record):
     last_sequence: int
     resumed_from_step: int | None
     stop_reason: Reason | None
+    target_node_ids: tuple[str, ...] | None = None
     outcome: Outcome | None
     reason: Reason | None
     failure: Failure | None

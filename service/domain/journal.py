@@ -50,7 +50,7 @@ class Running(Report):
     """All ranks have joined the process group and taken a step."""
 
     kind: Literal["running"] = "running"
-    num_steps: int
+    num_steps: int | None
 
 
 class Metrics(Report):
@@ -93,6 +93,21 @@ class Warned(Report):
     rank: int | None = None
 
 
+class ExactnessFound(Report):
+    """Whether the result depends on the number of workers, as far as could be seen before the first step.
+
+    Attributes:
+        exact: it does not.
+        reasons: what makes it depend on it.
+        rehearsed: what the first steps showed on two world sizes, in words; None where none was asked for.
+    """
+
+    kind: Literal["exactness"] = "exactness"
+    exact: bool
+    reasons: tuple[str, ...]
+    rehearsed: str | None = None
+
+
 class Ended(Report):
     """The attempt ended; the last record."""
 
@@ -105,7 +120,16 @@ class Ended(Report):
 
 
 AnyReport = Annotated[
-    Launched | CheckpointQuarantined | Resumed | Placed | Running | Metrics | CheckpointWritten | Warned | Ended,
+    Launched
+    | CheckpointQuarantined
+    | Resumed
+    | Placed
+    | Running
+    | ExactnessFound
+    | Metrics
+    | CheckpointWritten
+    | Warned
+    | Ended,
     Field(discriminator="kind"),
 ]
 

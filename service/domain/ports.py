@@ -6,10 +6,22 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Protocol
 
-from service.domain.job import Attempt, Checkpoint, Event, Failure, Job, JobStatus, MetricPoint, Outcome, Reason
+from service.domain.job import (
+    Attempt,
+    Checkpoint,
+    Event,
+    Failure,
+    Job,
+    JobStatus,
+    MetricPoint,
+    Origin,
+    Outcome,
+    Reason,
+)
 from service.domain.journal import JournalRecord
 from service.domain.placement import Node
 from service.domain.spec import JobSpec
+from service.domain.uploads import NODE_CACHE_BYTES, PREPARE_TIMEOUT_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +71,10 @@ class Feed:
 
 
 class JobStore(Protocol):
-    """What the API needs of the store. Every method may raise ``Unavailable``."""
+    """What the API needs of the store. Every method may raise ``Unavailable``.
+
+    Methods that take a key have their effect once for it: a repetition returns the job as it is by now.
+    """
 
     def submit(self, spec: JobSpec, *, key: IdempotencyKey | None = None) -> tuple[Job, bool]:
         """Store a job as queued; it survives any crash once this returns.
@@ -96,14 +111,67 @@ class JobStore(Protocol):
         """
         ...
 
-    def request_cancel(self, job_id: str) -> Job:
-        """Cancel a queued job at once; ask for the cancellation of one that is starting or running.
+    def replayed(self, key: IdempotencyKey) -> Job | None:
+        """Return the job that an earlier request with this key was about; None if there was none.
+
+        Raises:
+            IdempotencyConflict: the key was used with another body.
+        """
+        ...
+
+    def request_cancel(self, job_id: str, *, key: IdempotencyKey | None = None) -> Job:
+        """Cancel a queued or paused job at once; ask for the cancellation of one that is starting or running.
 
         Asking twice, or for a job that was cancelled, changes nothing.
 
         Raises:
             NotFound: no such job.
             InvalidTransition: it has already succeeded or failed.
+            IdempotencyConflict: the key was used with another body.
+        """
+        ...
+
+    def request_pause(self, job_id: str, *, key: IdempotencyKey | None = None) -> Job:
+        """Pause a queued job at once; ask for a checkpoint and a pause of one that is starting or running.
+
+        Asking twice, or for a job that is paused, changes nothing.
+
+        Raises:
+            NotFound: no such job.
+            InvalidTransition: it has ended or is about to.
+            IdempotencyConflict: the key was used with another body.
+        """
+        ...
+
+    def resume(self, job_id: str, *, key: IdempotencyKey | None = None) -> Job:
+        """Queue a job again that was paused, has failed or was cancelled; its retries are counted anew.
+
+        Raises:
+            NotFound: no such job.
+            InvalidTransition: it has succeeded, or has not stopped.
+            IdempotencyConflict: the key was used with another body.
+        """
+        ...
+
+    def request_resize(self, job_id: str, workers: int, *, key: IdempotencyKey | None = None) -> Job:
+        """Let a job have at most so many workers from now on, one of its exact numbers, and those soon if it runs.
+
+        Raises:
+            NotFound: no such job.
+            InvalidTransition: it has ended or is about to.
+            IdempotencyConflict: the key was used with another body.
+        """
+        ...
+
+    def fork(self, spec: JobSpec, origin: Origin, *, key: IdempotencyKey | None = None) -> tuple[Job, bool]:
+        """Store a job as queued that begins at a checkpoint of another one, which is kept for as long as it needs it.
+
+        Returns:
+            The job, and whether this call created it.
+
+        Raises:
+            NotFound: that job, or that checkpoint of it, is not there any more.
+            IdempotencyConflict: the key was used with another body.
         """
         ...
 
@@ -184,6 +252,13 @@ class SchedulerStore(Protocol):
         """Move a queued job to starting, with a new attempt of ``len(node_ids)`` ranks; None if it is not queued."""
         ...
 
+    def mark_resizing(self, lease: Lease, job_id: str, number: int, *, node_ids: Sequence[str], message: str) -> None:
+        """Note that a running attempt was asked to stop, so that the next one goes on on other nodes.
+
+        The job stays running. Nothing happens if it does not run, or was asked to stop, pause or cancel.
+        """
+        ...
+
     def set_message(self, lease: Lease, job_id: str, message: str) -> None:
         """Say why a queued job waits; nothing if it is not queued. Writes only if the message differs."""
         ...
@@ -204,25 +279,63 @@ class SchedulerStore(Protocol):
     def mark_stopping(self, lease: Lease, job_id: str, number: int, reason: Reason) -> None:
         """Note that the attempt was asked to stop.
 
-        The job becomes ``stopping`` unless the reason is ``service_stopped``, after which it is queued again.
+        The job becomes ``stopping`` unless the reason is ``service_stopped``, after which it is queued again. It
+        takes the place of an earlier wish to resize the job.
         """
         ...
 
     def seal_attempt(
-        self, lease: Lease, job_id: str, number: int, *, outcome: Outcome, reason: Reason, failure: Failure | None
+        self,
+        lease: Lease,
+        job_id: str,
+        number: int,
+        *,
+        outcome: Outcome,
+        reason: Reason,
+        failure: Failure | None,
+        next_node_ids: Sequence[str] | None = None,
     ) -> Job:
         """End and seal an attempt, and move its job on as ``after_attempt`` decides, in one transaction.
 
         Nothing more is ingested for a sealed attempt. Sealing twice changes nothing.
+
+        Args:
+            lease: of this scheduler.
+            job_id: of which job.
+            number: of which attempt.
+            outcome: how it ended.
+            reason: why.
+            failure: its first error, if it met one.
+            next_node_ids: where the job goes on if the attempt was stopped to be resized: the next attempt is created
+                with it, so that no other job can take its place in between. None: the job is queued.
         """
         ...
 
     def resumable_checkpoints(self, job_id: str) -> tuple[Checkpoint, ...]:
-        """Return committed checkpoints that were not superseded or quarantined, newest first."""
+        """Return committed checkpoints that were not superseded or quarantined, newest first.
+
+        A fork that has none of its own gets the one that it was forked from, under the job that wrote it.
+        """
+        ...
+
+    def checkpoints(self, job_id: str) -> tuple[Checkpoint, ...]:
+        """Return the committed checkpoints of a job that count, by step. Raises ``NotFound``."""
+        ...
+
+    def pinned_checkpoints(self, job_id: str) -> frozenset[tuple[int, int]]:
+        """Return attempt and step of the checkpoints of a job that a fork without one of its own still needs."""
+        ...
+
+    def retire_checkpoint(self, lease: Lease, job_id: str, attempt: int, step: int) -> bool:
+        """Let a checkpoint be neither listed nor resumed from, unless it is pinned; whether that is so now."""
+        ...
+
+    def removable_checkpoints(self, job_id: str) -> tuple[Checkpoint, ...]:
+        """Return the checkpoints whose files nobody needs: retired, superseded or quarantined, and not pinned."""
         ...
 
     def forget_checkpoint(self, lease: Lease, job_id: str, attempt: int, step: int) -> None:
-        """Drop the row of a checkpoint that the keep policy removes; its files go afterwards."""
+        """Drop the row of a checkpoint whose files are gone."""
         ...
 
 
@@ -234,9 +347,12 @@ class Launch:
         storage_url: root of run storage, a path or an fsspec URL.
         storage_id: what that root says of itself; another answer means another storage under the same name.
         checkpoints: where it may resume from, newest first.
+        forked_from: where the job began, if not at step 0: without a checkpoint it would be another job.
         collective_timeout_s: how long a rank waits for its peers.
         start_timeout_s: how long all ranks may take to get a process.
         stop_grace_s: how long a rank that was asked to stop may take for its checkpoint.
+        prepare_timeout_s: how long a node may take, before its ranks start, to get what the job brings.
+        node_cache_bytes: most that a node keeps of such things, but for those in use.
     """
 
     job_id: str
@@ -249,6 +365,9 @@ class Launch:
     collective_timeout_s: float
     start_timeout_s: float
     stop_grace_s: float
+    forked_from: Origin | None = None
+    prepare_timeout_s: float = PREPARE_TIMEOUT_S
+    node_cache_bytes: int = NODE_CACHE_BYTES
 
 
 class SupervisorState(StrEnum):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from service.domain.journal import Metrics, Warned
+from service.domain.journal import ExactnessFound, Metrics, Warned
 from service.domain.spec import JobSpec
 
 
@@ -28,6 +28,10 @@ class RankTask(RankMessage):
         num_threads: threads of the process's own computations.
         staging_dir: node-local directory in which checkpoints are prepared.
         resume_dir: local directory of a verified checkpoint to continue from; None: from the beginning.
+        resume_job_id: job that wrote that checkpoint; None: this one.
+        code_dir: local directory of the job's unpacked bundle; None: it brings no code.
+        packages_dir: local directory in which the bundle's requirements are installed; None: it has none.
+        uploads: local files of uploaded data that the dataset names, by SHA-256.
         collective_timeout_s: how long to wait for peers.
     """
 
@@ -43,6 +47,10 @@ class RankTask(RankMessage):
     num_threads: int
     staging_dir: str
     resume_dir: str | None
+    resume_job_id: str | None = None
+    code_dir: str | None = None
+    packages_dir: str | None = None
+    uploads: dict[str, str] = {}
     collective_timeout_s: float
 
 
@@ -50,7 +58,7 @@ class Stepped(RankMessage):
     """This rank has joined the process group and taken its first step."""
 
     kind: Literal["stepped"] = "stepped"
-    num_steps: int
+    num_steps: int | None
 
 
 class Staged(RankMessage):
@@ -83,11 +91,13 @@ class Finished(RankMessage):
     Attributes:
         step: optimizer steps done.
         stopped: it was asked to stop before the last one.
+        note: why it ended before the last one by itself; empty where it did not.
     """
 
     kind: Literal["finished"] = "finished"
     step: int
     stopped: bool
+    note: str = ""
 
 
 class StopRequest(RankMessage):
@@ -96,7 +106,9 @@ class StopRequest(RankMessage):
     kind: Literal["stop"] = "stop"
 
 
-FromRank = Annotated[Stepped | Staged | Errored | Finished | Metrics | Warned, Field(discriminator="kind")]
+FromRank = Annotated[
+    Stepped | Staged | Errored | Finished | ExactnessFound | Metrics | Warned, Field(discriminator="kind")
+]
 
 _FROM_RANK: TypeAdapter[FromRank] = TypeAdapter(FromRank)
 

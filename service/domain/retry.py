@@ -28,6 +28,7 @@ def after_attempt(
     stop_reason: Reason | None,
     retries_used: int,
     retry_budget: int,
+    is_placed: bool = False,
 ) -> NextStep:
     """Decide what follows an attempt.
 
@@ -38,17 +39,22 @@ def after_attempt(
         stop_reason: why the attempt was asked to stop, if it was.
         retries_used: retries spent so far.
         retry_budget: retries that the job may spend.
+        is_placed: it was stopped to be resized, and the places of the next attempt are held for it.
     """
     if outcome is Outcome.SUCCEEDED:
         return NextStep(status=JobStatus.SUCCEEDED, reason=reason)
     if stop_reason is Reason.TIMEOUT:
         return NextStep(status=JobStatus.FAILED, reason=stop_reason)
-    if status is JobStatus.STOPPING:
+    if status is JobStatus.STOPPING and stop_reason is Reason.PAUSE_REQUESTED and outcome is not Outcome.FAILED:
+        return NextStep(status=JobStatus.PAUSED, reason=Reason.PAUSED)
+    if status is JobStatus.STOPPING and stop_reason is not Reason.PAUSE_REQUESTED:
         # Asked to stop: whatever ended it, it is not run again.
         return NextStep(status=JobStatus.CANCELLED, reason=Reason.CANCELLED)
     if outcome is Outcome.FAILED:
         return NextStep(status=JobStatus.FAILED, reason=reason)
-    if reason is Reason.SERVICE_STOPPED:
+    if reason is Reason.RESIZED and is_placed and status is JobStatus.RUNNING:
+        return NextStep(status=JobStatus.STARTING, reason=reason)
+    if reason in (Reason.SERVICE_STOPPED, Reason.RESIZED):
         return NextStep(status=JobStatus.QUEUED, reason=reason)
     if retries_used >= retry_budget:
         return NextStep(status=JobStatus.FAILED, reason=Reason.RETRIES_EXHAUSTED)

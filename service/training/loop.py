@@ -3,16 +3,30 @@
 import gc
 import logging
 import math
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
-from service.domain.journal import Metrics, Warned
-from service.domain.rank_protocol import Finished, RankTask, Staged, Stepped
+from service.domain.journal import ExactnessFound, Metrics, Warned
+from service.domain.rank_protocol import Finished, RankTask, Stepped
 from service.training.channel import Channel
-from service.training.checkpoints import read_checkpoint, write_checkpoint
-from service.training.datasets import build_dataset
-from service.training.errors import NotFinite
-from service.training.trainer import StepResult, Trainer
+from service.training.checkpoint_writer import CheckpointWriter
+from service.training.checkpoints import read_checkpoint
+from service.training.code import bring_code
+from service.training.data import build_dataset
+from service.training.errors import CheckpointFailed, NotExact, NotFinite, UnknownMetric
+from service.training.export import export
+from service.training.norm import has_batch_norm
+from service.training.optimization import Patience
+from service.training.rehearsal import rehearse
+from service.training.step_result import StepResult
+from service.training.tasks import build_task
+from service.training.trainer import Trainer
+from service.training.user_loop import run_train_function
 from service.training.world import World
+
+MAX_SKIPPED_IN_A_ROW = 100
+"""Steps without an update after which a job that skips what is not finite ends all the same."""
 
 _log = logging.getLogger(__name__)
 
@@ -32,25 +46,23 @@ def train(task: RankTask, channel: Channel) -> Finished:
         RuntimeError: from a collective, see ``is_collective_failure``.
         Exception: whatever a model, a dataset or an optimizer raises.
     """
+    spec = task.spec
+    bring_code(task)
+    if spec.train_function is not None:
+        return run_train_function(task, channel)
     # What is wrong on every rank is told by every rank, before any of them waits for the others.
-    task.spec.batch_plan(task.world_size)
-    dataset = build_dataset(task.spec.dataset)
+    spec.batch_plan(task.world_size)
+    uploads = {sha256: Path(path) for sha256, path in task.uploads.items()}
+    dataset = build_dataset(spec.dataset, seed=spec.seed, uploads=uploads)
+    learned = build_task(spec.task)
     world = World.join(task)
-    trainer = Trainer(spec=task.spec, dataset=dataset, world=world)
-    if task.resume_dir is not None:
-        trainer.restore(read_checkpoint(Path(task.resume_dir), job_id=task.job_id))
-    _describe(task, trainer, world)
-    if task.spec.norm.kind == "local" and world.size > 1 and world.rank == 0:
-        channel.send(
-            Warned(
-                message=f"norm.kind is local: each of the {world.size} workers normalizes its own samples, so the "
-                "result depends on their number. norm.kind: sync makes it independent of it."
-            )
-        )
-    finished = _Run(task, channel, trainer, world).to_the_end()
-    world.await_all()
-    _log.info("finished at step %d of %d%s", finished.step, trainer.num_steps, ", stopped" if finished.stopped else "")
-    return finished
+    verdict = rehearse(spec, dataset, learned, world)
+    trainer = Trainer(spec=spec, dataset=dataset, task=learned, world=world)
+    run = _Run(task, channel, trainer, world)
+    try:
+        return run.to_the_end(rehearsed=verdict)
+    finally:
+        trainer.close()
 
 
 class _Run:
@@ -58,54 +70,171 @@ class _Run:
         self._task = task
         self._channel = channel
         self._trainer = trainer
+        self._world = world
         self._reports = world.rank == 0
         self._metrics: dict[str, float] = {}  # of the last step, for its checkpoint
+        self._patience = Patience()
+        self._num_skipped = self._num_skipped_in_a_row = 0
+        self._writer = CheckpointWriter(task)
 
-    def to_the_end(self) -> Finished:
+    def to_the_end(self, *, rehearsed: str | None) -> Finished:
         trainer, spec = self._trainer, self._task.spec
+        if self._task.resume_dir is not None:
+            self._resume(Path(self._task.resume_dir), self._task.resume_job_id or self._task.job_id)
+        _describe(self._task, trainer, self._world)
+        self._warn()
         first, last = trainer.steps_done + 1, trainer.num_steps
         if first <= last:
             trainer.settle()
+            self._tell_exactness(rehearsed)
         gc.freeze()  # what exists by now stays; looking through it again and again took 3 % of a step
-        for step in range(first, last + 1):
-            result = trainer.step(stop=self._channel.stop_requested())
-            self._report_step(step, result)
-            if step == first:
-                self._channel.send(Stepped(num_steps=last))
-            if step == last or (spec.evaluation.every_steps and step % spec.evaluation.every_steps == 0):
-                self._evaluate(step)
-            if step == last or result.stop or step % spec.checkpoint.every_steps == 0:
-                self._checkpoint(step)
-            if result.stop and step < last:
-                return Finished(step=step, stopped=True)
-        return Finished(step=last, stopped=False)
+        step, note = trainer.steps_done, self._why_early(trainer.steps_done)
+        with self._writer:
+            while step < last and not note:
+                result = trainer.step(stop=self._channel.stop_requested())
+                step += 1
+                self._report_step(step, result)
+                if step == first:
+                    self._channel.send(Stepped(num_steps=last))
+                if step == last and spec.norm.recalibrate is not None:
+                    trainer.recalibrate(spec.norm.recalibrate)
+                if step == last or (spec.evaluation.every_steps and step % spec.evaluation.every_steps == 0):
+                    note = self._evaluate(step)
+                if result.stop and step < last:
+                    self._finish_checkpoints(step, exporting=False)
+                    return Finished(step=step, stopped=True)
+                if step < last and not note and step % spec.checkpoint.every_steps == 0:
+                    self._checkpoint(step)
+                self._send_written()
+            if step >= first:
+                self._finish_checkpoints(step, exporting=True)
+        _log.info("finished at step %d of %d. %s", step, last, note)
+        return Finished(step=step, stopped=False, note=note if step < last else "")
+
+    def _resume(self, directory: Path, job_id: str) -> None:
+        checkpoint = read_checkpoint(directory, job_id=job_id)
+        self._trainer.restore(checkpoint)
+        if "early_stopping" in checkpoint.state:
+            self._patience = Patience.from_state_dict(checkpoint.state["early_stopping"])
+
+    def _warn(self) -> None:
+        kind, world = self._task.spec.norm.kind, self._world
+        if not self._reports:
+            return
+        if kind == "local" and world.size > 1:
+            self._channel.send(
+                Warned(
+                    message=f"norm.kind is local: each of the {world.size} workers normalizes its own samples, so the "
+                    "result depends on their number. norm.kind: sync makes it independent of it."
+                )
+            )
+        if kind in ("sync", "frozen") and not has_batch_norm(self._trainer.model):
+            message = f"norm.kind: {kind} has nothing to do: the model has no BatchNorm layer."
+            self._channel.send(Warned(message=message))
+
+    def _tell_exactness(self, rehearsed: str | None) -> None:
+        reasons = tuple(self._trainer.exactness.reasons)
+        if reasons and self._task.spec.exactness.require:
+            raise NotExact(f"exactness.require: the result would depend on the number of workers. {' '.join(reasons)}")
+        if self._reports:
+            self._channel.send(ExactnessFound(exact=not reasons, reasons=reasons, rehearsed=rehearsed))
 
     def _report_step(self, step: int, result: StepResult) -> None:
         self._metrics = {}
-        self._report(step, result.metrics)
+        values = result.metrics
+        if result.is_finite:
+            self._num_skipped_in_a_row = 0
+        else:
+            self._num_skipped += 1
+            self._num_skipped_in_a_row += 1
+        if self._num_skipped:
+            values["train/skipped_steps"] = float(self._num_skipped)
+        self._report(step, values)
         if not result.is_finite:
-            raise NotFinite(
-                f"step {step}: the loss is {result.loss}, the norm of its gradient {result.gradient_norm}. Lower "
-                "optimizer.learning_rate, lengthen schedule.warmup_steps or set gradient_clip_norm"
-                + (", or train in float32." if self._task.spec.precision == "bfloat16" else ".")
-            )
+            self._judge_nonfinite(step, result)
 
-    def _evaluate(self, step: int) -> None:
+    def _judge_nonfinite(self, step: int, result: StepResult) -> None:
+        spec = self._task.spec
+        what = (
+            f"step {step}: the loss is {result.loss}, the norm of its gradient {result.gradient_norm}; {result.cause}. "
+        )
+        remedy = "Lower optimizer.learning_rate, lengthen schedule.warmup_steps or set gradient_clip_norm"
+        remedy += "." if spec.precision in ("float32", "float64") else ", or train in float32."
+        if spec.nonfinite == "stop" or result.is_hopeless:
+            raise NotFinite(what + remedy)
+        if self._num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NotFinite(f"{what}So were the {MAX_SKIPPED_IN_A_ROW} steps up to it. {remedy}")
+        if self._reports and self._num_skipped == 1 and spec.precision != "float16":
+            self._channel.send(Warned(message=f"{what}The step is skipped, as will be others like it."))
+
+    def _evaluate(self, step: int) -> str:
+        """Evaluate; say why to end early, if there is a reason."""
         values = self._trainer.evaluate()
+        if not values:
+            return ""
         _log.info("step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self._report(step, values)
+        spec = self._task.spec.early_stopping
+        if spec is None:
+            return ""
+        if spec.metric not in values:
+            raise UnknownMetric(
+                f"early_stopping.metric: {spec.metric} is none of what is evaluated: {', '.join(sorted(values))}."
+            )
+        self._patience = self._patience.after(values[spec.metric], spec)
+        return self._why_early(step)
 
-    def _report(self, step: int, values: dict[str, float]) -> None:
+    def _why_early(self, step: int) -> str:
+        spec = self._task.spec.early_stopping
+        if spec is None or not self._patience.is_over(spec):
+            return ""
+        return f"Stopped early at step {step}: {spec.metric} has not improved for {spec.patience} evaluations."
+
+    def _report(self, step: int, values: Mapping[str, float]) -> None:
         self._metrics.update({name: value for name, value in values.items() if math.isfinite(value)})
         if self._reports:
             self._channel.send(Metrics.of(step, values))
 
-    def _checkpoint(self, step: int) -> None:
+    def _checkpoint(self, step: int, *, extra_dir: Path | None = None) -> None:
         if not self._reports:
             return
-        directory = write_checkpoint(self._trainer.capture(), self._task, self._metrics)
-        _log.info("step %d: checkpoint in %s", step, directory)
-        self._channel.send(Staged(step=step, directory=str(directory), metrics=self._metrics))
+        checkpoint = self._trainer.capture()
+        if self._task.spec.early_stopping is not None:
+            checkpoint.state["early_stopping"] = self._patience.state_dict()
+        held_up_s = self._writer.save(checkpoint, self._metrics, extra_dir=extra_dir)
+        _log.info("step %d: checkpoint, %.3f s", step, held_up_s)
+
+    def _send_written(self) -> None:
+        """Report the checkpoints that have been written; one that could not be is what the job says it is."""
+        try:
+            written = self._writer.poll()
+        except CheckpointFailed as error:
+            if self._task.spec.checkpoint.on_failure == "stop":
+                raise
+            self._channel.send(Warned(message=f"{error} Training goes on; the checkpoint before it stays."))
+            return
+        for staged in written:
+            self._channel.send(staged)
+
+    def _finish_checkpoints(self, step: int, *, exporting: bool) -> None:
+        """Write the last checkpoint, and the files for other programs beside it."""
+        # From here on no rank needs another one; the first may take its time.
+        self._world.await_all()
+        if not self._reports:
+            return
+        formats = self._task.spec.export if exporting else ()
+        with tempfile.TemporaryDirectory(prefix="export-") as directory:
+            if formats:
+                self._export(Path(directory))
+            self._checkpoint(step, extra_dir=Path(directory) if formats else None)
+            for staged in self._writer.wait():
+                self._channel.send(staged)
+
+    def _export(self, directory: Path) -> None:
+        with self._trainer.averaged():
+            exported = export(self._trainer.model, self._task.spec.export, self._trainer.example_input(), directory)
+        for warning in exported.warnings:
+            self._channel.send(Warned(message=warning))
 
 
 def _describe(task: RankTask, trainer: Trainer, world: World) -> None:
@@ -127,10 +256,10 @@ def _describe(task: RankTask, trainer: Trainer, world: World) -> None:
         task.spec.norm.kind,
     )
     _log.info(
-        "mini-batch of %d in %d micro-step(s) of %d over the ranks: %s",
+        "mini-batch of %d in %d micro-step(s) of %d group(s) over the ranks: %s",
         plan.size,
         plan.num_micro_steps,
-        plan.normalization_size,
+        plan.num_groups,
         " + ".join(str(count) for count in plan.counts),
     )
     _log.info("steps %d to %d", trainer.steps_done + 1, trainer.num_steps)

@@ -5,14 +5,16 @@ from typing import Literal
 
 import torch
 
+Precision = Literal["float64", "float32", "bfloat16", "float16"]
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
-def parameter_dtype(precision: Literal["float64", "float32", "bfloat16"]) -> torch.dtype:
+
+def parameter_dtype(precision: Precision) -> torch.dtype:
     """Return the dtype of weights and inputs."""
     return torch.float64 if precision == "float64" else torch.float32
 
 
-def autocast(
-    precision: Literal["float64", "float32", "bfloat16"], device: torch.device
-) -> AbstractContextManager[object]:
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Return the context for forward passes: autocast where that is the precision."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    dtype = _AUTOCAST.get(precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

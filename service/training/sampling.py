@@ -10,22 +10,27 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOrder:
-    """Every sample once per epoch in an order of its own; an epoch's last, partial mini-batch is dropped.
+    """Every sample once per epoch in an order of its own.
 
     Attributes:
         num_samples: of the training split.
         batch_size: samples of a mini-batch, at most ``num_samples``.
         seed: of the job.
+        drop_last: whether an epoch's last, partial mini-batch is left out.
+        shuffled: whether samples are reordered; a stream comes in an order of its own.
     """
 
     num_samples: int
     batch_size: int
     seed: int
+    drop_last: bool = True
+    shuffled: bool = True
 
     @property
     def steps_per_epoch(self) -> int:
         """Mini-batches in an epoch."""
-        return self.num_samples // self.batch_size
+        whole, rest = divmod(self.num_samples, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
 
     def minibatch(self, step: int) -> NDArray[np.int64]:
         """Return the samples of a mini-batch.
@@ -34,11 +39,13 @@ class SampleOrder:
             step: optimizer steps done before it.
 
         Returns:
-            Indices into the training split, shape (batch_size,).
+            Indices into the training split, shape (batch_size,); fewer at an epoch's end where it is not dropped.
         """
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = permutation(self.num_samples, seed=self.seed, purpose="samples", index=epoch)
-        return order[position * self.batch_size : (position + 1) * self.batch_size]
+        first, last = position * self.batch_size, (position + 1) * self.batch_size
+        if not self.shuffled:
+            return np.arange(first, min(last, self.num_samples))
+        return permutation(self.num_samples, seed=self.seed, purpose="samples", index=epoch)[first:last]
 
 
 @lru_cache(maxsize=4)

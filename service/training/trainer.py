@@ -3,9 +3,9 @@
 import math
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,52 +13,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from service.domain.batch_plan import BatchPlan
 from service.domain.spec import JobSpec
+from service.training.activation_checkpointing import checkpoint_activations
 from service.training.checkpoints import Checkpoint
-from service.training.datasets import Dataset
-from service.training.evaluation import evaluate
-from service.training.models import build_model, configure_norm
-from service.training.optimizers import build_optimizer, learning_rate_factor
+from service.training.data import Batch, Dataset, Loader, build_augmentations
+from service.training.diagnostics import Diagnostics
+from service.training.dropout import DropoutContext, share_dropout
+from service.training.evaluation import Evaluator
+from service.training.exactness import Exactness
+from service.training.layout import memory_format, on_device, to_format
+from service.training.models import build_model
+from service.training.nonfinite import where_not_finite
+from service.training.norm import NormalizationGroups, configure_norm
+from service.training.optimization import Ema, GradientNoise, LossScaler, build_optimizer, learning_rate_factor
 from service.training.precision import autocast, parameter_dtype
-from service.training.sampling import SampleOrder, derive_seed
-from service.training.tasks import Loss, classification_loss
+from service.training.sample_plan import SamplePlan
+from service.training.sampling import derive_seed
+from service.training.step_result import StepResult
+from service.training.tally import tally
+from service.training.tasks import Loss, Task
 from service.training.world import World
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What all ranks know after a step; the same on each of them, but for its time.
-
-    Attributes:
-        loss: mean over the mini-batch.
-        accuracy: likewise.
-        learning_rate: of this step.
-        gradient_norm: L2, before clipping.
-        time_s: on this rank.
-        stop: whether any rank wants to stop here.
-    """
-
-    loss: float
-    accuracy: float
-    learning_rate: float
-    gradient_norm: float
-    time_s: float
-    stop: bool
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether loss and gradient are numbers; if not, the step changed no weight."""
-        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The values by their names in the training curves."""
-        return {
-            "train/loss": self.loss,
-            "train/accuracy": self.accuracy,
-            "train/learning_rate": self.learning_rate,
-            "train/gradient_norm": self.gradient_norm,
-            "train/step_time_s": self.time_s,
-        }
+from syncbn import recalibrate
 
 
 class Trainer:
@@ -67,151 +41,281 @@ class Trainer:
     Args:
         spec: the job.
         dataset: what it names.
-        world: the ranks; their number may differ from ``spec.workers``.
-        loss_of: of outputs and targets; it adds up over samples.
+        task: what it learns.
+        world: the ranks; their number may differ from what was asked for.
 
     Attributes:
         model: the network, not wrapped.
-        plan: which part of a mini-batch each rank computes.
-        num_steps: of the whole job.
+        samples: which of them each step trains on, and who computes which.
+        exactness: whether the result depends on the number of ranks, once ``settle`` was called.
         steps_done: so far.
 
     Raises:
         NoPlan: this world cannot compute the job's batch.
+        TrainingError: model or dataset do not fit the job.
     """
 
     model: nn.Module
-    plan: BatchPlan
-    num_steps: int
+    samples: SamplePlan
+    exactness: Exactness
     steps_done: int
 
-    def __init__(
-        self,
-        *,
-        spec: JobSpec,
-        dataset: Dataset,
-        world: World,
-        loss_of: Callable[[torch.Tensor, torch.Tensor], Loss] = classification_loss,
-    ) -> None:
+    def __init__(self, *, spec: JobSpec, dataset: Dataset, task: Task, world: World) -> None:
         self._spec = spec
-        self._loss_of = loss_of
+        self._task = task
         self._dataset = dataset
         self._world = world
-        self._dtype = parameter_dtype(spec.precision)
-        self.plan = spec.batch_plan(world.size)
-        self._order = SampleOrder(num_samples=len(dataset.training), batch_size=spec.batch.size, seed=spec.seed)
-        self.num_steps = spec.steps if spec.steps is not None else (spec.epochs or 0) * self._order.steps_per_epoch
+        self.samples = SamplePlan(spec, dataset.training, world.size)
         self.steps_done = 0
-        model = build_model(
-            spec.model,
-            input_shape=tuple(dataset.training.inputs.shape[1:]),
-            num_classes=dataset.num_classes,
-            seed=spec.seed,
+        self._loader = Loader(
+            dataset.training,
+            rows=lambda step, micro_step: self.samples.rows(step, micro_step, world.rank),
+            num_micro_steps=self.samples.num_micro_steps,
+            epoch_of=self.samples.epoch,
+            transform=build_augmentations(spec.augmentation, spec.seed),
+            num_workers=spec.loading.workers,
+            prefetch=spec.loading.prefetch,
+            pin_memory=world.device.type == "cuda",
         )
-        self.model = configure_norm(model, spec.norm).to(device=world.device, dtype=self._dtype)
-        self._optimizer = build_optimizer(spec.optimizer, self.model.parameters())
-        self._parallel = _wrap(self.model)
+        self._batches: Iterator[Batch] | None = None
+        self._evaluator = Evaluator(spec=spec, dataset=dataset, task=task, world=world)
+        shape = tuple(self._loader.read(0, 0).inputs.shape[1:])
+        model = build_model(
+            spec.model, input_shape=shape, num_outputs=dataset.num_outputs, task=task.name, seed=spec.seed
+        )
+        model = configure_norm(model, spec.norm).to(device=world.device, dtype=parameter_dtype(spec.precision))
+        self.model = to_format(model, memory_format(spec, 1 + len(shape)))
+        task.prepare(self.model)
+        self.exactness = Exactness(spec, task)
+        self._dropout = DropoutContext(seed=spec.seed)
+        share_dropout(self.model, self._dropout, is_compiled=spec.compile)
+        if spec.activation_checkpointing:
+            checkpoint_activations(self.model)
+        self._groups = NormalizationGroups(self.model, world)
+        for plan in self.samples.plans:
+            self._groups.prepare(plan)
+        self._optimizer = build_optimizer(spec.optimizer, self.model)
+        self._ema = Ema(self.model, decay=spec.ema.decay) if spec.ema is not None else None
+        self._scaler = LossScaler() if spec.precision == "float16" else None
+        if spec.compile:
+            self.model.compile()
+        self._parallel = wrap(self.model, world, finds_unused=False)
+        self._diagnostics = Diagnostics(spec, self.model, world)
+
+    @property
+    def num_steps(self) -> int:
+        """Of the whole job."""
+        return self.samples.num_steps
+
+    @property
+    def plan(self) -> BatchPlan:
+        """How a whole mini-batch is shared."""
+        return self.samples.full
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go to where a checkpoint was taken."""
         self.model.load_state_dict(checkpoint.model)
         self._optimizer.load_state_dict(checkpoint.optimizer)
+        for name, part in self._stateful.items():
+            if name in checkpoint.state:
+                part.load_state_dict(checkpoint.state[name])
+        if self._spec.ema is not None and "ema" not in checkpoint.state:  # a fork that turned it on: it begins here
+            self._ema = Ema(self.model, decay=self._spec.ema.decay)
         self.steps_done = checkpoint.step
+        self._batches = None  # what was read ahead belongs to other steps
 
     def capture(self) -> Checkpoint:
         """Return the present state; its tensors are the live ones."""
-        return Checkpoint(step=self.steps_done, model=self.model.state_dict(), optimizer=self._optimizer.state_dict())
+        return Checkpoint(
+            step=self.steps_done,
+            model=self.model.state_dict(),
+            optimizer=self._optimizer.state_dict(),
+            state={name: part.state_dict() for name, part in self._stateful.items()},
+        )
 
     def settle(self) -> None:
-        """Let DDP arrange its gradient buckets before the first step; call it once, on all ranks.
+        """Run one micro-step that leaves no trace, before the first step; call it once, on all ranks.
 
         DDP regroups its buckets after the first backward, in the order in which gradients became ready, and keeps
         them from then on. gloo adds up in an order that depends on a value's place in the bucket. So a process's
         first step would sum in another order than its later ones, and a resumed job would differ from an
-        undisturbed one in the last bits. Here a forward and a backward are spent on it, which leave no trace.
+        undisturbed one in the last bits. Here that first backward is spent.
+
+        It also shows what a model does beside computing: which parameters it leaves unused, which buffers it changes,
+        and whether it draws random numbers of its own.
+
+        Raises:
+            TrainingError: samples or model do not fit the task.
         """
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        self._accumulate(micro_step=self.plan.num_micro_steps - 1)  # the one that DDP reduces after
-        self._optimizer.zero_grad()
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        if self._try_micro_step():
+            self._parallel = wrap(self.model, self._world, finds_unused=True)
+            self._try_micro_step()
 
     def step(self, *, stop: bool = False) -> StepResult:
         """Take the next optimizer step.
 
         Args:
             stop: whether this rank wants to stop after it.
+
+        Raises:
+            TrainingError: samples or model do not fit the task.
         """
         started = time.perf_counter()
-        spec, world = self._spec, self._world
+        spec, world, plan = self._spec, self._world, self.samples.plan(self.steps_done)
         learning_rate = spec.optimizer.learning_rate * learning_rate_factor(
             spec.schedule, step=self.steps_done, num_steps=self.num_steps
         )
         # Whatever a model draws is then a function of (seed, step, rank), before and after a resume.
-        torch.manual_seed(derive_seed(seed=spec.seed, purpose=f"rank {world.rank}", index=self.steps_done))
+        world.seed(derive_seed(seed=spec.seed, purpose=f"rank {world.rank}", index=self.steps_done))
 
         self._optimizer.zero_grad()
-        losses = [self._accumulate(micro_step=micro_step) for micro_step in range(self.plan.num_micro_steps)]
-        loss_sum, weight, num_correct, num_stopping = world.sum(
-            [
-                sum(float(loss.sum) for loss in losses),
-                sum(loss.weight for loss in losses),
-                sum(loss.num_correct for loss in losses),
-                float(stop),
-            ]
-        )
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        if weight != self.plan.size:
-            for gradient in gradients:
-                gradient.mul_(self.plan.size / weight)
+        self._groups.follow(plan)
+        self._diagnostics.begin(self.steps_done, plan)
+        losses, data_wait_s = [], 0.0
+        for micro_step in range(plan.num_micro_steps):
+            asked = time.perf_counter()
+            batch = self._next_batch()
+            data_wait_s += time.perf_counter() - asked
+            losses.append(self._accumulate(batch, plan, micro_step))
+        totals = tally(losses, stop=stop, world=world)
+        gradients = self._gradients()
+        if self._scaler is not None:
+            self._scaler.update(is_finite=self._scaler.unscale_(gradients, world_sum=world.sum_tensor))
+        if totals.weight != plan.size:
+            torch._foreach_mul_(gradients, plan.size / (totals.weight or 1.0))
         norm = torch.nn.utils.get_total_norm(gradients)
-        result = StepResult(
-            loss=loss_sum / weight,
-            accuracy=num_correct / weight,
-            learning_rate=learning_rate,
-            gradient_norm=float(norm),
-            time_s=time.perf_counter() - started,
-            stop=num_stopping > 0,
-        )
-        if result.is_finite:
-            if spec.gradient_clip_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), spec.gradient_clip_norm, norm)
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate
-            self._optimizer.step()
+        gradient_norm = float(norm)
+        is_finite = math.isfinite(totals.loss) and math.isfinite(gradient_norm)
+        details = self._diagnostics.end(gradient_norm)
+        if self._scaler is not None:
+            details["train/loss_scale"] = self._scaler.scale
+        if is_finite:
+            self._groups.commit()
+            self._take_step(learning_rate, norm)
+        else:
+            self._groups.discard()
         self.steps_done += 1
-        return result
+        return StepResult(
+            loss=totals.loss,
+            means=totals.means,
+            learning_rate=learning_rate,
+            gradient_norm=gradient_norm,
+            time_s=time.perf_counter() - started,
+            data_wait_s=data_wait_s,
+            stop=totals.num_stopping > 0,
+            cause="" if is_finite else where_not_finite(losses, self.model, world),
+            is_hopeless=self._scaler is not None and self._scaler.is_exhausted,
+            details=details,
+        )
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the held-out samples with running statistics."""
+        """Evaluate the held-out samples with running statistics, and with averaged weights where there are any."""
         if self._spec.norm.kind == "local":  # every rank has its own; those of the checkpoints count
             self._world.take_buffers_of_first_rank(self.model)
-        return evaluate(
-            self.model,
-            self._dataset.held_out,
-            loss_of=self._loss_of,
-            batch_size=self._spec.evaluation.batch_size,
-            precision=self._spec.precision,
-            world=self._world,
-        )
+        with self.averaged():
+            return self._evaluator(self.model)
 
-    def _accumulate(self, *, micro_step: int) -> Loss:
-        world = self._world
-        rows = self._order.minibatch(self.steps_done)[self.plan.rank_slice(micro_step, world.rank)]
-        inputs, targets = self._dataset.training.select(rows, device=world.device, dtype=self._dtype)
-        is_last = micro_step == self.plan.num_micro_steps - 1
-        with nullcontext() if is_last else self._parallel.no_sync():
-            with autocast(self._spec.precision, world.device):
-                outputs = self._parallel(inputs)
-            loss = self._loss_of(outputs, targets)
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return the context in which the model has its averaged weights, where the job keeps any."""
+        return nullcontext() if self._ema is None else self._ema.swapped_in()
+
+    def example_input(self) -> torch.Tensor:
+        """Return a batch as the model takes it, (n, C, *), on its device."""
+        return on_device(self._loader.read(0, 0), self._spec, self._world.device).inputs
+
+    def recalibrate(self, num_batches: int) -> None:
+        """Compute the running statistics anew, from the first mini-batches of an epoch. All ranks call it together."""
+        per_epoch = range(min(num_batches, self.samples.steps_per_epoch))
+        plans = [(step, micro_step) for step in per_epoch for micro_step in range(self.samples.num_micro_steps(step))]
+        read = (self._loader.read(step, micro_step) for step, micro_step in plans)
+        batches = (on_device(batch, self._spec, self._world.device).inputs for batch in read)
+        with autocast(self._spec.precision, self._world.device):
+            recalibrate(self.model, batches, process_group=self._world.group)
+
+    def close(self) -> None:
+        """End what reads samples ahead."""
+        self._loader.close()
+        self._evaluator.close()
+
+    def _next_batch(self) -> Batch:
+        if self._batches is None:
+            self._batches = self._loader.batches(self.steps_done, self.num_steps - 1)
+        return next(self._batches)
+
+    def _accumulate(self, batch: Batch, plan: BatchPlan, micro_step: int) -> Loss:
+        """Add the gradient of one micro-step; after the last, over all ranks."""
+        spec, world = self._spec, self._world
+        self._task.check(batch, self._dataset.num_outputs)
+        batch = on_device(batch, spec, world.device)
+        index = plan.normalization_batch(micro_step, world.rank)
+        whole, own = plan.normalization_slice(index), plan.rank_slice(micro_step, world.rank)
+        self._dropout.begin(
+            step=self.steps_done,
+            batch=index,
+            num_samples=whole.stop - whole.start,
+            first=own.start - whole.start,
+            count=own.stop - own.start,
+        )
+        is_last = micro_step == plan.num_micro_steps - 1
+        with nullcontext() if is_last else self._parallel.no_sync(), self._groups.batch(index):
+            with autocast(spec.precision, world.device):
+                outputs = self._parallel(batch.inputs)
+            loss = self._task.loss(outputs, batch.targets)
             # DDP divides by the number of ranks what it sums over them.
-            (loss.sum * (world.size / self.plan.size)).backward()  # type: ignore[no-untyped-call]
+            factor = world.size / plan.size * (1.0 if self._scaler is None else self._scaler.scale)
+            num_samples = own.stop - own.start
+            with self._diagnostics.backward(num_samples=num_samples, factor=1 / (factor * num_samples)):
+                (loss.sum * factor).backward()  # type: ignore[no-untyped-call]
         return replace(loss, sum=loss.sum.detach())
 
+    def _take_step(self, learning_rate: float, norm: torch.Tensor) -> None:
+        if self._spec.gradient_clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._spec.gradient_clip_norm, norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        if self._ema is not None:
+            self._ema.update()
 
-def _wrap(model: nn.Module) -> DistributedDataParallel:
+    def _try_micro_step(self) -> bool:
+        """Run the one that DDP reduces after, without effect; whether it left parameters unused."""
+        plan = self.samples.full
+        last = plan.num_micro_steps - 1
+        before = [(name, buffer, buffer.clone()) for name, buffer in self.model.named_buffers()]
+        self._groups.follow(plan)
+        batch = self._loader.read(0, last)
+        with self._dropout.watching() as drew_others:
+            loss = self._accumulate(batch, plan, last)
+        self._groups.discard()
+        changed = [name for name, buffer, value in before if not torch.equal(buffer, value)]
+        self.exactness.observe(loss, changed_buffers=changed, draws_others=drew_others(), misfits=self._dropout.misfits)
+        used = [parameter.grad is not None for parameter in self.model.parameters() if parameter.requires_grad]
+        self._optimizer.zero_grad()
+        with torch.no_grad():
+            for _, buffer, value in before:
+                buffer.copy_(value)
+        return not all(used)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+
+    @property
+    def _stateful(self) -> dict[str, Ema | LossScaler | GradientNoise]:
+        parts = {"ema": self._ema, "scaler": self._scaler, "gradient_noise": self._diagnostics.noise}
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+def wrap(model: nn.Module, world: World, *, finds_unused: bool) -> DistributedDataParallel:
+    """Let a model's gradients be averaged over the ranks.
+
+    Args:
+        model: on its device.
+        world: the ranks.
+        finds_unused: look in each backward for parameters that it does not reach.
+    """
     with warnings.catch_warnings():
         # torch 2.13 renames the argument; the old name is what earlier releases know.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated", category=FutureWarning)
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(
+            model, process_group=world.group, broadcast_buffers=False, find_unused_parameters=finds_unused
+        )

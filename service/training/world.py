@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Self
+from typing import Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,10 @@ from torch import nn
 
 from service.domain.rank_protocol import RankTask
 from service.training.errors import CollectiveFailed, DeviceMissing
+from syncbn.collectives import all_reduce_sum, resolve_group
 from syncbn.errors import CollectiveError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +26,13 @@ class World:
         rank: of this process, from 0.
         size: number of ranks.
         device: where this rank computes.
+        group: their process group; None for the default one.
     """
 
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
 
     @classmethod
     def join(cls, task: RankTask) -> Self:
@@ -76,16 +81,56 @@ class World:
         """
         dist.barrier()
 
+    def seed(self, seed: int) -> None:
+        """Seed this rank's default random generators.
+
+        ``torch.manual_seed`` does that too, but where CUDA is not in use it notes each call down with its stack, for
+        the day that it may be: half a millisecond and some memory every time.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Add up values over the ranks, in float64."""
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(totals)
-        return [float(total) for total in totals.tolist()]
+        return [float(total) for total in self.sum_tensor(totals).tolist()]
+
+    def sum_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """Add up a contiguous tensor over the ranks, in place, and return it.
+
+        Float64 on the CPUs of one host goes through memory that the ranks share: 10 µs instead of 400.
+        """
+        all_reduce_sum(values, resolve_group(self.group), "the sums of the ranks")
+        return values
+
+    def gather(self, value: T) -> list[T]:
+        """Collect an object that pickles from every rank, by rank."""
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return cast(list[T], values)
+
+    def first_ranks(self, size: int) -> "World | None":
+        """Return the world of the first ``size`` ranks; None on the others. All ranks call it together."""
+        group = dist.new_group(range(size))
+        return replace(self, size=size, group=group) if self.rank < size else None
+
+    def new_groups(self, members: Sequence[range]) -> dist.ProcessGroup:
+        """Divide the ranks into process groups, and return that of this rank. All ranks call it together.
+
+        Args:
+            members: ranks of this world, of each group; every rank in one.
+        """
+        mine = next(ranks for ranks in members if self.rank in ranks)
+        # Only its members take part, so that a world of some ranks can be divided too.
+        group = dist.new_group(mine, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        return group
 
     def take_buffers_of_first_rank(self, module: nn.Module) -> None:
         """Overwrite every buffer of a module with rank 0's."""
         for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+            dist.broadcast(buffer, src=0, group=self.group)
 
 
 def is_collective_failure(error: BaseException) -> bool:
@@ -110,4 +155,5 @@ def _choose_device(gpus_per_rank: int) -> torch.device:
     # Without these a float32 result depends on the algorithm that a shape happens to get.
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device("cuda", 0)

@@ -6,8 +6,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from service.storage.manifest import verify_directory
-from service.training.datasets import build_dataset
-from service.training.models import build_model, configure_norm
+from service.training.data import build_dataset
+from service.training.models import build_model
+from service.training.norm import configure_norm
 from tests.integration.training.gang import job_spec, run_job
 
 
@@ -23,16 +24,18 @@ def trained(spec, tmp_path_factory):
 
 def test_the_weights_load_into_the_plain_model_and_give_the_same_outputs(spec, trained):
     weights = load_file(trained.staged_dirs[20] / "model.safetensors")
-    plain = build_model(spec.model, input_shape=(1, 8, 8), num_classes=10, seed=99).eval()
+    plain = build_model(spec.model, input_shape=(1, 8, 8), num_outputs=10, task="classification", seed=99).eval()
     norms = [layer for layer in plain.modules() if isinstance(layer, nn.BatchNorm2d)]
     assert norms
     for layer in norms:
         layer.eps = 1e-4  # the one setting that a state dict does not carry
     plain.load_state_dict(weights)
-    synchronized = configure_norm(build_model(spec.model, input_shape=(1, 8, 8), num_classes=10, seed=98), spec.norm)
+    synchronized = configure_norm(
+        build_model(spec.model, input_shape=(1, 8, 8), num_outputs=10, task="classification", seed=98), spec.norm
+    )
     synchronized.eval().load_state_dict(weights)
 
-    held_out = build_dataset(spec.dataset).held_out
+    held_out = build_dataset(spec.dataset, seed=spec.seed).held_out
     with torch.inference_mode():
         outputs = plain(held_out.inputs.float())
         assert torch.equal(outputs, synchronized(held_out.inputs.float()))

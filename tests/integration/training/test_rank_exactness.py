@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from service.domain.spec import JobSpec
 from service.training.checkpoints import read_checkpoint
-from service.training.datasets import build_dataset
+from service.training.data import build_dataset
 from service.training.models import build_model
 from service.training.sampling import SampleOrder
-from service.training.tasks import Loss
+from service.training.tasks import Loss, build_task
+from service.training.tasks.classification import Classification
 from service.training.trainer import Trainer
 from service.training.world import World
 from tests.integration.training.gang import JOB_ID, MLP, job_spec, run_job
@@ -107,21 +108,23 @@ def _assert_same_model(rank, other, *, rtol):
     torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
 
 
-def _trainer(rank, spec_json, **options):
+def _trainer(rank, spec_json, task=None):
     spec = JobSpec.model_validate_json(spec_json)
     world = World(rank=rank, size=torch.distributed.get_world_size(), device=torch.device("cpu"))
-    trainer = Trainer(spec=spec, dataset=build_dataset(spec.dataset), world=world, **options)
+    dataset = build_dataset(spec.dataset, seed=spec.seed)
+    trainer = Trainer(spec=spec, dataset=dataset, task=task or build_task(spec.task), world=world)
     trainer.settle()
     return trainer
 
 
 def _steps_ignoring_small_digits(rank, spec_json):
-    def loss_of(logits, targets):
-        valid = targets >= 3
-        loss = F.cross_entropy(logits[valid], targets[valid], reduction="sum")
-        return Loss(sum=loss, weight=float(valid.sum()), num_correct=0.0)
+    class LargeDigits(Classification):
+        def loss(self, logits, targets):
+            valid = targets >= 3
+            loss = F.cross_entropy(logits[valid], targets[valid], reduction="sum")
+            return Loss(sum=loss, weight=float(valid.sum()))
 
-    trainer = _trainer(rank, spec_json, loss_of=loss_of)
+    trainer = _trainer(rank, spec_json, task=LargeDigits())
     results = [trainer.step() for _ in range(5)]
     return [result.loss for result in results], [result.gradient_norm for result in results]
 
@@ -138,19 +141,26 @@ def _one_step_from_each(rank, spec_json, directories):
 
 def _naive_losses_and_norms(spec):
     """Plain torch, one process, float64: what the job means."""
-    dataset = build_dataset(spec.dataset)
+    dataset = build_dataset(spec.dataset, seed=spec.seed)
     order = SampleOrder(num_samples=len(dataset.training), batch_size=spec.batch.size, seed=spec.seed)
-    model = build_model(spec.model, input_shape=(1, 8, 8), num_classes=10, seed=spec.seed).double()
+    model = build_model(
+        spec.model, input_shape=(1, 8, 8), num_outputs=10, task="classification", seed=spec.seed
+    ).double()
     options = spec.optimizer
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     optimizer = torch.optim.SGD(
-        model.parameters(), momentum=options.momentum, nesterov=options.nesterov, weight_decay=options.weight_decay
+        [{"params": weights, "weight_decay": options.weight_decay}, {"params": others}],
+        momentum=options.momentum,
+        nesterov=options.nesterov,
     )
     warmup, steps, final = spec.schedule.warmup_steps, spec.num_steps, spec.schedule.final_fraction
     losses, norms = [], []
     for step in range(steps):
         cosine = (1 + np.cos(np.pi * (step - warmup + 1) / (steps - warmup))) / 2
         factor = (step + 1) / warmup if step < warmup else final + (1 - final) * cosine
-        optimizer.param_groups[0]["lr"] = options.learning_rate * factor
+        for group in optimizer.param_groups:
+            group["lr"] = options.learning_rate * factor
         optimizer.zero_grad()
         rows = torch.from_numpy(order.minibatch(step).copy())
         loss = sum(

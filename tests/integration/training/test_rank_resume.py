@@ -4,13 +4,15 @@ If curves agree but not to the last bit, the order of a sum changed: look at the
 If they part at once, a part of the state is missing from the checkpoint, or the sample order forgot where it was.
 """
 
+from dataclasses import replace
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from service.domain.spec import JobSpec
-from service.training.datasets import build_dataset
+from service.training.data import build_dataset
+from service.training.tasks import build_task
 from service.training.trainer import Trainer
 from service.training.world import World
 from tests.integration.training.gang import JOB_ID, MLP, job_spec, run_gang, run_job
@@ -81,16 +83,16 @@ def test_a_checkpoint_of_another_job_is_refused(tmp_path):
 def _weights_of_the_same_step_twice(rank, spec_json, settle):
     spec = JobSpec.model_validate_json(spec_json)
     world = World(rank=rank, size=torch.distributed.get_world_size(), device=torch.device("cpu"))
-    trainer = Trainer(spec=spec, dataset=build_dataset(spec.dataset), world=world)
+    dataset = build_dataset(spec.dataset, seed=spec.seed)
+    trainer = Trainer(spec=spec, dataset=dataset, task=build_task(spec.task), world=world)
     if settle:
         trainer.settle()
     start = trainer.capture()
-    model = {name: tensor.clone() for name, tensor in start.model.items()}
+    start = replace(start, model={name: tensor.clone() for name, tensor in start.model.items()})
     weights = []
     for _ in range(2):
         trainer.step()
         weights.append(torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]).clone())
-        trainer.model.load_state_dict(model)
-        trainer.steps_done = 0
+        trainer.restore(start)
         trainer._optimizer.state.clear()  # before the first step there is no momentum
     return weights

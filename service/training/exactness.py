@@ -1,0 +1,65 @@
+"""Whether a job's result depends on how many ranks run it, as far as can be seen."""
+
+from collections.abc import Collection, Iterable
+
+from service.domain.spec import JobSpec
+from service.training.tasks import Loss, Task
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "num_nonfinite_batches")
+_MAX_NAMES = 3
+
+
+class Exactness:
+    """Collects what makes the result depend on the number of ranks.
+
+    Args:
+        spec: the job.
+        task: what it learns.
+
+    Attributes:
+        reasons: in words; none, as long as nothing was found.
+    """
+
+    reasons: list[str]
+
+    def __init__(self, spec: JobSpec, task: Task) -> None:
+        self._kind = spec.norm.kind
+        self.reasons = []
+        if spec.norm.kind == "local":
+            self.reasons.append(
+                "norm.kind is local: each worker normalizes its own samples. norm.kind: sync normalizes them together."
+            )
+        if task.unsuited is not None:
+            self.reasons.append(f"task: {task.unsuited}")
+
+    def observe(
+        self, loss: Loss, *, changed_buffers: Iterable[str], draws_others: bool, misfits: Collection[str]
+    ) -> None:
+        """Take in what a forward and a backward did.
+
+        Args:
+            loss: of it.
+            changed_buffers: names of the model's buffers that changed.
+            draws_others: whether random numbers were drawn by anything but ``nn.Dropout*``.
+            misfits: paths of dropout layers whose inputs were not laid out by samples.
+        """
+        found = []
+        if not loss.adds_up:
+            found.append("task: its loss is a mean whose parts do not add up. Return (sum, weight) from its loss.")
+        if draws_others:
+            found.append(
+                "model: it draws random numbers other than those of nn.Dropout, each worker its own. Use nn.Dropout "
+                "layers, or draw nothing."
+            )
+        if misfits:
+            found.append(f"model: {_some(misfits)} drops out values that are not laid out by samples.")
+        buffers = [name for name in changed_buffers if name.rpartition(".")[2] not in _STATISTICS]
+        if buffers:
+            found.append(f"model: it changes {_some(buffers)} in its forward, on each worker by itself.")
+        self.reasons += [reason for reason in found if reason not in self.reasons]
+
+
+def _some(names: Collection[str]) -> str:
+    shown = sorted(names)[:_MAX_NAMES]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -1,0 +1,5 @@
+"""The networks."""
+
+from service.training.models.builders import build_model
+
+__all__ = ["build_model"]

@@ -6,6 +6,8 @@ from typing import Annotated
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.domain.uploads import MAX_BUNDLE_BYTES, MAX_DATASET_BYTES, NODE_CACHE_BYTES, PREPARE_TIMEOUT_S
+
 
 def default_data_dir() -> Path:
     """Return where the embedded service keeps its data unless told otherwise."""
@@ -27,10 +29,16 @@ class Settings(BaseSettings):
         max_cpus: CPUs that the cluster will ever have; jobs that need more are refused. None: unknown.
         max_gpus: likewise GPUs.
         max_memory_bytes: likewise main memory.
+        max_bundle_bytes: largest bundle of code that may be uploaded.
+        max_dataset_bytes: largest file of data that may be uploaded.
+        upload_dir: local directory in which the API keeps a body until it is whole and checked.
+        node_cache_bytes: most that a node keeps of bundles, files of data and environments, but for those in use.
         lease_ttl_s: a scheduler that does not renew for this long has lost its lead.
         collective_timeout_s: how long a rank waits for its peers.
         start_timeout_s: how long the ranks of an attempt may take to start.
+        prepare_timeout_s: how long a node may take before that to fetch what the job brings and install requirements.
         stop_grace_s: how long a rank that was asked to stop may take for its last checkpoint.
+        resize_interval_s: how long an elastic job runs before it is interrupted to give it more workers.
     """
 
     model_config = SettingsConfigDict(env_prefix="SYNCBN_", extra="ignore", frozen=True)
@@ -46,10 +54,16 @@ class Settings(BaseSettings):
     max_cpus: Annotated[float | None, Field(ge=0)] = None
     max_gpus: Annotated[int | None, Field(ge=0)] = None
     max_memory_bytes: Annotated[int | None, Field(ge=0)] = None
+    max_bundle_bytes: Annotated[int, Field(ge=1)] = MAX_BUNDLE_BYTES
+    max_dataset_bytes: Annotated[int, Field(ge=1)] = MAX_DATASET_BYTES
+    upload_dir: Path | None = None
+    node_cache_bytes: Annotated[int, Field(ge=0)] = NODE_CACHE_BYTES
     lease_ttl_s: Annotated[float, Field(gt=0)] = 5.0
     collective_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     start_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    prepare_timeout_s: Annotated[float, Field(gt=0)] = PREPARE_TIMEOUT_S
     stop_grace_s: Annotated[float, Field(gt=0)] = 10.0
+    resize_interval_s: Annotated[float, Field(ge=0)] = 60.0
 
     @property
     def database(self) -> str:
@@ -60,6 +74,11 @@ class Settings(BaseSettings):
     def storage(self) -> str:
         """Run storage's root, with the default filled in."""
         return self.storage_url or str(self.data_dir / "runs")
+
+    @property
+    def upload_dir_or_default(self) -> Path:
+        """The API's own local directory, with the default filled in."""
+        return self.upload_dir or self.data_dir / "incoming"
 
     @property
     def node_dir_or_default(self) -> Path:

@@ -33,17 +33,28 @@ def run_api(settings: Settings, listener: socket.socket | None = None, *, host: 
     """
     from service.api.app import create_app  # noqa: PLC0415 - each process loads only what it runs
     from service.api.server import api_server, bind  # noqa: PLC0415
+    from service.api.uploads import Uploads  # noqa: PLC0415
     from service.nudge import Nudge  # noqa: PLC0415
     from service.storage.object_store import ObjectStore  # noqa: PLC0415
     from service.storage.run_files import StoredRunFiles  # noqa: PLC0415
+    from service.storage.uploads import StoredUploads  # noqa: PLC0415
     from service.store import SqlStore  # noqa: PLC0415
 
     _log_to_stderr()
     if not settings.token:
         raise InvalidSpec("SYNCBN_TOKEN is not set: the API answers nobody without a token.")
+    store = SqlStore(settings.database)
+    storage = ObjectStore(settings.storage)
     app = create_app(
-        store=SqlStore(settings.database),
-        files=StoredRunFiles(ObjectStore(settings.storage)),
+        store=store,
+        files=StoredRunFiles(storage),
+        uploads=Uploads(
+            rows=store,
+            files=StoredUploads(storage),
+            directory=settings.upload_dir_or_default,
+            max_bundle_bytes=settings.max_bundle_bytes,
+            max_dataset_bytes=settings.max_dataset_bytes,
+        ),
         token=settings.token,
         nudge=Nudge(settings.database),
         capacity=_capacity(settings),
@@ -97,10 +108,13 @@ def run_scheduler(settings: Settings) -> None:
             storage_id=storage_id,
             collective_timeout_s=settings.collective_timeout_s,
             start_timeout_s=settings.start_timeout_s,
+            prepare_timeout_s=settings.prepare_timeout_s,
+            node_cache_bytes=settings.node_cache_bytes,
             stop_grace_s=settings.stop_grace_s,
         ),
         lease_ttl_s=settings.lease_ttl_s,
         launch_timeout_s=settings.start_timeout_s,
+        resize_interval_s=settings.resize_interval_s,
     )
     scheduler.run(NudgeListener(settings.database).wait, lambda: stop_asked)
     scheduler.stop_all(deadline_s=settings.stop_grace_s + settings.lease_ttl_s)

@@ -8,12 +8,14 @@ import binascii
 import copy
 import hashlib
 import itertools
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -37,6 +39,7 @@ from service.domain.job import (
     Job,
     JobStatus,
     MetricPoint,
+    Origin,
     Outcome,
     Reason,
     check_transition,
@@ -57,8 +60,9 @@ from service.domain.journal import (
 )
 from service.domain.placement import Node
 from service.domain.ports import ClusterSnapshot, Feed, IdempotencyKey, JobPage, Lease, LiveAttempt
-from service.domain.retry import after_attempt
+from service.domain.retry import NextStep, after_attempt
 from service.domain.spec import JobSpec, parse_spec
+from tests.fake_uploads import FakeUploadFiles, FakeUploadStore
 
 if TYPE_CHECKING:
     from service.api.server import ApiServer
@@ -117,7 +121,9 @@ class _Row:
         self.add_event("status", message, reason, time=time, **{"from": self.job.status, "to": status})
         self.change(status=status, reason=reason, message=message)
         if status.is_terminal:
-            self.change(ended_at=utc_now(), cancel_requested=False)
+            self.change(ended_at=utc_now())
+        if status.is_terminal or status is JobStatus.PAUSED:
+            self.change(cancel_requested=False, pause_requested=False, resize_requested=False)
 
     def counting_points(self) -> list[MetricPoint]:
         return [point for point in self.points if (point.position, point.name) not in self.superseded_points]
@@ -141,7 +147,7 @@ class FakeJobStore:
         self.error: Exception | None = None
         self._lock = threading.RLock()
         self._rows: dict[str, _Row] = {}
-        self._keys: dict[tuple[str, str, str], tuple[str, Job]] = {}
+        self._keys: dict[tuple[str, str, str], tuple[str, str]] = {}
         self._nodes = ClusterSnapshot(nodes=(), observed_at=None)
         self._lease: Lease | None = None
         self._lease_ends = 0.0
@@ -151,37 +157,53 @@ class FakeJobStore:
 
     def submit(self, spec: JobSpec, *, key: IdempotencyKey | None = None) -> tuple[Job, bool]:
         with self._transaction():
-            name = None if key is None else (key.owner, key.route, key.key)
-            if key is not None and name is not None and name in self._keys:
-                body_sha256, job = self._keys[name]
-                if body_sha256 != key.body_sha256:
-                    raise IdempotencyConflict(f"The idempotency key {key.key!r} was used before with another body.")
-                return job, False
-            number = len(self._rows) + 1
-            job = Job(
-                id=f"job-{number:04d}",
-                spec=spec,
-                status=JobStatus.QUEUED,
-                reason=Reason.SUBMITTED,
-                message="Waits to be placed.",
-                attempt=0,
-                retries_used=0,
-                step=0,
-                num_steps=spec.num_steps,
-                cancel_requested=False,
-                running_s=0.0,
-                failure=None,
-                created_at=utc_now(),
-                started_at=None,
-                ended_at=None,
-            )
-            row = self._rows[job.id] = _Row(number=number, job=job)
-            row.add_event(
-                "status", job.message, Reason.SUBMITTED, time=job.created_at, **{"from": None, "to": JobStatus.QUEUED}
-            )
-            if key is not None and name is not None:
-                self._keys[name] = (key.body_sha256, job)
+            earlier = self._replayed(key)
+            if earlier is not None:
+                return earlier, False
+            job = self._add(spec, Reason.SUBMITTED)
+            self._claim(key, job.id)
             return job, True
+
+    def _add(self, spec: JobSpec, reason: Reason, origin: Origin | None = None) -> Job:
+        number = len(self._rows) + 1
+        job = Job(
+            id=f"job-{number:04d}",
+            spec=spec,
+            status=JobStatus.QUEUED,
+            reason=reason,
+            message="Waits to be placed.",
+            attempt=0,
+            retries_used=0,
+            step=0 if origin is None else origin.step,
+            num_steps=spec.num_steps,
+            cancel_requested=False,
+            forked_from=origin,
+            running_s=0.0,
+            failure=None,
+            created_at=utc_now(),
+            started_at=None,
+            ended_at=None,
+        )
+        row = self._rows[job.id] = _Row(number=number, job=job)
+        row.add_event("status", job.message, reason, time=job.created_at, **{"from": None, "to": JobStatus.QUEUED})
+        return job
+
+    def replayed(self, key: IdempotencyKey) -> Job | None:
+        with self._transaction():
+            return self._replayed(key)
+
+    def _replayed(self, key: IdempotencyKey | None) -> Job | None:
+        name = None if key is None else (key.owner, key.route, key.key)
+        if key is None or name is None or name not in self._keys:
+            return None
+        body_sha256, job_id = self._keys[name]
+        if body_sha256 != key.body_sha256:
+            raise IdempotencyConflict(f"The idempotency key {key.key!r} was used before with another body.")
+        return self._rows[job_id].job
+
+    def _claim(self, key: IdempotencyKey | None, job_id: str) -> None:
+        if key is not None:
+            self._keys[key.owner, key.route, key.key] = (key.body_sha256, job_id)
 
     def get(self, job_id: str) -> Job:
         with self._transaction():
@@ -212,18 +234,76 @@ class FakeJobStore:
                 next_cursor=_encode_cursor(shown[-1].number) if len(found) > limit else None,
             )
 
-    def request_cancel(self, job_id: str) -> Job:
+    def request_cancel(self, job_id: str, *, key: IdempotencyKey | None = None) -> Job:
+        return self._wish(job_id, key, self._cancel)
+
+    def _cancel(self, row: _Row) -> None:
+        job = row.job
+        if job.status in (JobStatus.QUEUED, JobStatus.PAUSED):
+            row.move(JobStatus.CANCELLED, Reason.CANCELLED, "Cancelled.")
+        elif job.status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
+            raise InvalidTransition(f"Job {row.job.id} has already {job.status}; there is nothing left to cancel.")
+        elif (
+            job.status in (JobStatus.STARTING, JobStatus.RUNNING) or job.pause_requested
+        ) and not job.cancel_requested:
+            row.change(cancel_requested=True)
+            row.add_event("cancel_requested", "Asked to cancel.", Reason.CANCEL_REQUESTED)
+
+    def request_pause(self, job_id: str, *, key: IdempotencyKey | None = None) -> Job:
+        return self._wish(job_id, key, self._pause)
+
+    def _pause(self, row: _Row) -> None:
+        job = row.job
+        if job.status is JobStatus.QUEUED:
+            row.move(JobStatus.PAUSED, Reason.PAUSED, "Paused.")
+        elif (
+            job.status.is_terminal
+            or job.cancel_requested
+            or (job.status is JobStatus.STOPPING and not job.pause_requested)
+        ):
+            raise InvalidTransition(f"Job {row.job.id} is {job.status}; there is nothing left to pause.")
+        elif job.status is not JobStatus.PAUSED and not job.pause_requested:
+            row.change(pause_requested=True)
+            row.add_event("pause_requested", "Asked to pause.", Reason.PAUSE_REQUESTED)
+
+    def resume(self, job_id: str, *, key: IdempotencyKey | None = None) -> Job:
+        return self._wish(job_id, key, self._resume)
+
+    def _resume(self, row: _Row) -> None:
+        if row.job.status is JobStatus.SUCCEEDED:
+            raise InvalidTransition(f"Job {row.job.id} has done all its steps. Fork it with more steps to go on.")
+        if row.job.status not in (JobStatus.PAUSED, JobStatus.FAILED, JobStatus.CANCELLED):
+            raise InvalidTransition(
+                f"Job {row.job.id} is {row.job.status}; nothing to resume. Wait until it has stopped."
+            )
+        if row.job.reason is Reason.TIMEOUT:
+            row.change(running_s=0.0)
+        row.change(retries_used=0, failure=None, ended_at=None)
+        row.move(JobStatus.QUEUED, Reason.RESUMED, "Resumed.")
+
+    def request_resize(self, job_id: str, workers: int, *, key: IdempotencyKey | None = None) -> Job:
+        def resize(row: _Row) -> None:
+            job = row.job
+            if job.status.is_terminal or job.status is JobStatus.STOPPING or job.cancel_requested:
+                raise InvalidTransition(f"Job {job_id} is {job.status}; it is not resized any more.")
+            live = [attempt for attempt in row.attempts if attempt.status in LIVE]
+            row.change(workers_wanted=workers, resize_requested=bool(live) and live[0].world_size != workers)
+            row.add_event("resize_requested", f"Asked for {workers}.", Reason.RESIZED, workers=workers)
+
+        return self._wish(job_id, key, resize)
+
+    def fork(self, spec: JobSpec, origin: Origin, *, key: IdempotencyKey | None = None) -> tuple[Job, bool]:
         with self._transaction():
-            row = self._row(job_id)
-            status = row.job.status
-            if status is JobStatus.QUEUED:
-                row.move(JobStatus.CANCELLED, Reason.CANCELLED, "Cancelled before it was placed.")
-            elif status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
-                raise InvalidTransition(f"Job {job_id} has already {status}; there is nothing left to cancel.")
-            elif status in (JobStatus.STARTING, JobStatus.RUNNING) and not row.job.cancel_requested:
-                row.change(cancel_requested=True)
-                row.add_event("cancel_requested", "Asked to cancel.", Reason.CANCEL_REQUESTED)
-            return row.job
+            parent = self._row(origin.job_id)
+            earlier = self._replayed(key)
+            if earlier is not None:
+                return earlier, False
+            if (origin.attempt, origin.step) not in {(one.attempt, one.step) for one in parent.counting()}:
+                raise NotFound(f"The checkpoint of step {origin.step} of job {origin.job_id} was removed.")
+            job = self._add(spec, Reason.FORKED, origin)
+            parent.add_event("forked", f"Forked at step {origin.step}.", job_id=job.id)
+            self._claim(key, job.id)
+            return job, True
 
     def attempts(self, job_id: str) -> tuple[Attempt, ...]:
         with self._transaction():
@@ -309,27 +389,46 @@ class FakeJobStore:
             row = self._row(job_id)
             if row.job.status is not JobStatus.QUEUED:
                 return None
-            attempt = Attempt(
-                job_id=job_id,
-                number=row.job.attempt + 1,
-                status=AttemptStatus.CREATED,
-                world_size=len(node_ids),
-                node_ids=tuple(node_ids),
-                last_sequence=0,
-                resumed_from_step=None,
-                stop_reason=None,
-                outcome=None,
-                reason=None,
-                failure=None,
-                created_at=utc_now(),
-                running_at=None,
-                ended_at=None,
-            )
-            row.attempts.append(attempt)
-            row.change(attempt=attempt.number)
-            row.move(JobStatus.STARTING, Reason.ADMITTED, f"Placed on {len(node_ids)} worker(s); starting.")
-            row.add_event("attempt_created", f"Attempt {attempt.number} created.", world_size=len(node_ids))
-            return attempt
+            return self._begin(row, node_ids, Reason.ADMITTED)
+
+    def mark_resizing(self, lease: Lease, job_id: str, number: int, *, node_ids: Sequence[str], message: str) -> None:
+        with self._transaction(lease):
+            row = self._row(job_id)
+            self._check_current(row, number)
+            attempt, job = row.attempts[number - 1], row.job
+            if (
+                job.status is JobStatus.RUNNING
+                and attempt.status is not AttemptStatus.ENDED
+                and attempt.stop_reason is None
+                and not (job.cancel_requested or job.pause_requested)
+            ):
+                row.change_attempt(number, stop_reason=Reason.RESIZED, target_node_ids=tuple(node_ids))
+                row.add_event("stop_requested", message, Reason.RESIZED, world_size=len(node_ids))
+
+    def _begin(self, row: _Row, node_ids: Sequence[str], reason: Reason) -> Attempt:
+        attempt = Attempt(
+            job_id=row.job.id,
+            number=row.job.attempt + 1,
+            status=AttemptStatus.CREATED,
+            world_size=len(node_ids),
+            node_ids=tuple(node_ids),
+            last_sequence=0,
+            resumed_from_step=None,
+            stop_reason=None,
+            outcome=None,
+            reason=None,
+            failure=None,
+            created_at=utc_now(),
+            running_at=None,
+            ended_at=None,
+        )
+        row.attempts.append(attempt)
+        row.change(attempt=attempt.number)
+        if len(node_ids) == row.job.workers_wanted:
+            row.change(resize_requested=False)
+        row.move(JobStatus.STARTING, reason, f"Placed on {len(node_ids)} worker(s); starting.")
+        row.add_event("attempt_created", f"Attempt {attempt.number} created.", world_size=len(node_ids))
+        return attempt
 
     def set_message(self, lease: Lease, job_id: str, message: str) -> None:
         with self._transaction(lease):
@@ -356,8 +455,7 @@ class FakeJobStore:
     def mark_stopping(self, lease: Lease, job_id: str, number: int, reason: Reason) -> None:
         with self._transaction(lease):
             row = self._row(job_id)
-            if number != row.job.attempt or row.attempts[number - 1].status is AttemptStatus.SEALED:
-                raise StaleWrite(f"Attempt {number} of job {job_id} is not current.")
+            self._check_current(row, number)
             if row.job.status is JobStatus.STOPPING or row.attempts[number - 1].stop_reason is reason:
                 return
             row.change_attempt(number, stop_reason=reason)
@@ -366,8 +464,20 @@ class FakeJobStore:
             else:
                 row.move(JobStatus.STOPPING, reason, f"Asked to stop: {reason}.")
 
+    def _check_current(self, row: _Row, number: int) -> None:
+        if number != row.job.attempt or row.attempts[number - 1].status is AttemptStatus.SEALED:
+            raise StaleWrite(f"Attempt {number} of job {row.job.id} is not current.")
+
     def seal_attempt(
-        self, lease: Lease, job_id: str, number: int, *, outcome: Outcome, reason: Reason, failure: Failure | None
+        self,
+        lease: Lease,
+        job_id: str,
+        number: int,
+        *,
+        outcome: Outcome,
+        reason: Reason,
+        failure: Failure | None,
+        next_node_ids: Sequence[str] | None = None,
     ) -> Job:
         with self._transaction(lease):
             row = self._row(job_id)
@@ -390,16 +500,56 @@ class FakeJobStore:
             if attempt.running_at is not None:
                 ran_s = ((attempt.ended_at or row.ran_until[number]) - attempt.running_at).total_seconds()
                 row.change(running_s=row.job.running_s + max(0.0, ran_s))
-            _move_on(row, outcome, reason, failure)
+            following = _following(row, outcome, reason, is_placed=next_node_ids is not None)
+            if following.status is JobStatus.STARTING:
+                assert next_node_ids is not None
+                self._begin(row, next_node_ids, following.reason)
+            else:
+                _move_on(row, following, reason, failure)
             return row.job
 
     def resumable_checkpoints(self, job_id: str) -> tuple[Checkpoint, ...]:
         with self._transaction():
-            return tuple(reversed(self._row(job_id).counting()))
+            row = self._row(job_id)
+            origin = row.job.forked_from
+            if row.counting() or origin is None:
+                return tuple(reversed(row.counting()))
+            found = self._row(origin.job_id).checkpoints.get((origin.attempt, origin.step))
+            return () if found is None else (found,)
+
+    def pinned_checkpoints(self, job_id: str) -> frozenset[tuple[int, int]]:
+        with self._transaction():
+            return frozenset(
+                (row.job.forked_from.attempt, row.job.forked_from.step)
+                for row in self._rows.values()
+                if row.job.forked_from is not None and row.job.forked_from.job_id == job_id and not row.counting()
+            )
+
+    def retire_checkpoint(self, lease: Lease, job_id: str, attempt: int, step: int) -> bool:
+        with self._transaction(lease):
+            if (attempt, step) in self.pinned_checkpoints(job_id):
+                return False
+            self._row(job_id).superseded_checkpoints.add((attempt, step))
+            return True
+
+    def removable_checkpoints(self, job_id: str) -> tuple[Checkpoint, ...]:
+        with self._transaction():
+            row, pinned = self._row(job_id), self.pinned_checkpoints(job_id)
+            left_out = (row.superseded_checkpoints | row.quarantined) - pinned
+            found = [one for key, one in row.checkpoints.items() if key in left_out]
+            return tuple(sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.attempt)))
 
     def forget_checkpoint(self, lease: Lease, job_id: str, attempt: int, step: int) -> None:
         with self._transaction(lease):
             self._row(job_id).checkpoints.pop((attempt, step), None)
+
+    def _wish(self, job_id: str, key: IdempotencyKey | None, effect: Callable[[_Row], None]) -> Job:
+        with self._transaction():
+            row = self._row(job_id)
+            if self._replayed(key) is None:
+                effect(row)
+                self._claim(key, job_id)
+            return row.job
 
     @contextmanager
     def _transaction(self, lease: Lease | None = None) -> Iterator[None]:
@@ -490,23 +640,39 @@ def _advance(row: _Row, number: int, status: AttemptStatus) -> None:
     row.change_attempt(number, status=max(row.attempts[number - 1].status, status, key=order.index))
 
 
-def _move_on(row: _Row, outcome: Outcome, reason: Reason, failure: Failure | None) -> None:
-    job = row.job
-    following = after_attempt(
+def _wish_of(job: Job) -> Reason | None:
+    if job.cancel_requested:
+        return Reason.CANCEL_REQUESTED
+    return Reason.PAUSE_REQUESTED if job.pause_requested else None
+
+
+def _following(row: _Row, outcome: Outcome, reason: Reason, *, is_placed: bool) -> NextStep:
+    job, stop_reason, wish = row.job, row.attempts[-1].stop_reason, _wish_of(row.job)
+    return after_attempt(
         outcome=outcome,
         reason=reason,
-        status=JobStatus.STOPPING if job.cancel_requested else job.status,
-        stop_reason=row.attempts[-1].stop_reason,
+        status=job.status if wish is None else JobStatus.STOPPING,
+        stop_reason=stop_reason if wish is None or stop_reason is Reason.TIMEOUT else wish,
         retries_used=job.retries_used,
         retry_budget=job.spec.retry.budget,
+        is_placed=is_placed,
     )
+
+
+def _move_on(row: _Row, following: NextStep, reason: Reason, failure: Failure | None) -> None:
+    job = row.job
     row.change(retries_used=job.retries_used + following.costs_retry)
     message = row.said.get(job.attempt) or f"Attempt {job.attempt} ended: {reason}."
     if following.status is JobStatus.FAILED:
         row.change(failure=failure)
         message = f"{failure.error_type}: {failure.message}" if failure else message
-    elif following.status is JobStatus.CANCELLED and job.status is not JobStatus.STOPPING:
-        row.move(JobStatus.STOPPING, Reason.CANCEL_REQUESTED, "Asked to stop.")
+    wish = _wish_of(job)
+    if (
+        following.status in (JobStatus.CANCELLED, JobStatus.PAUSED)
+        and job.status is not JobStatus.STOPPING
+        and wish is not None
+    ):
+        row.move(JobStatus.STOPPING, wish, "Asked to stop.")
     row.move(following.status, following.reason, message)
 
 
@@ -579,7 +745,7 @@ class FakeScheduler:
     def start(self, job_id: str) -> int:
         """Begin an attempt, up to its first step; return its number."""
         spec = self.store.get(job_id).spec
-        attempt = self.store.create_attempt(self._lease(), job_id, node_ids=["node"] * spec.workers)
+        attempt = self.store.create_attempt(self._lease(), job_id, node_ids=["node"] * spec.workers.max)
         assert attempt is not None
         self.report(job_id, Launched(supervisor_pid=1), Running(num_steps=spec.num_steps or 1))
         return attempt.number
@@ -658,6 +824,8 @@ class FakeService:
         self.store = FakeJobStore()
         self.files = FakeRunFiles()
         self.scheduler = FakeScheduler(self.store, self.files)
+        self.uploads = FakeUploadStore()
+        self.limits = {"max_bundle_bytes": 1 << 21, "max_dataset_bytes": 1 << 22}
         self.token = token
         self.capacity = capacity
         self.nudges = 0
@@ -671,6 +839,7 @@ class FakeService:
         """Forget all jobs and files."""
         self.store.__init__()  # type: ignore[misc]
         self.files.__init__()  # type: ignore[misc]
+        self.uploads.uploads.clear()
         self.nudges = 0
 
     @property
@@ -682,12 +851,19 @@ class FakeService:
         from service.api.app import create_app
         from service.api.server import api_server, bind
         from service.api.streaming import StreamSettings
+        from service.api.uploads import Uploads
 
         listener = bind(port=self._port)
         self._port = listener.getsockname()[1]
         app = create_app(
             store=self.store,
             files=self.files,
+            uploads=Uploads(
+                rows=self.uploads,
+                files=FakeUploadFiles(self.files),
+                directory=Path(tempfile.gettempdir()),
+                **self.limits,
+            ),
             token=self.token,
             nudge=self._nudge,
             capacity=self.capacity,

@@ -7,11 +7,24 @@ from fastapi import APIRouter, Depends, FastAPI
 from starlette.responses import JSONResponse
 
 from service.api.auth import TokenGuard
-from service.api.limits import BodyLimit
+from service.api.limits import UPLOAD_DEADLINE_S, Allowance, BodyLimit
 from service.api.parts import Parts
 from service.api.problems import MEDIA_TYPE, PROBLEM_SCHEMA, install_problem_handlers
-from service.api.routes import checkpoints, cluster, health, history, jobs, logs, plan, stream
+from service.api.routes import (
+    bundles,
+    checkpoints,
+    cluster,
+    datasets,
+    health,
+    history,
+    jobs,
+    lifecycle,
+    logs,
+    plan,
+    stream,
+)
 from service.api.streaming import Shutdown, StreamSettings
+from service.api.uploads import ROUTES, Uploads
 from service.domain.placement import Node
 from service.domain.ports import JobStore, RunFiles
 
@@ -28,6 +41,7 @@ def create_app(
     *,
     store: JobStore,
     files: RunFiles,
+    uploads: Uploads,
     token: str,
     nudge: Callable[[], None] = _nobody_to_nudge,
     capacity: Sequence[Node] | None = None,
@@ -38,6 +52,7 @@ def create_app(
     Args:
         store: the jobs.
         files: run storage.
+        uploads: where bundles and files of data go.
         token: what every request but those for health has to show.
         nudge: called after a commit that the scheduler should notice soon; an ``OSError`` of it is logged.
         capacity: the most that the cluster will ever have; a job that cannot fit is refused. None: unknown.
@@ -65,14 +80,21 @@ def create_app(
     app.state.parts = Parts(
         store=store,
         files=files,
+        uploads=uploads,
         nudge=nudge,
         capacity=None if capacity is None else tuple(capacity),
         streams=streams or StreamSettings(),
     )
-    app.add_middleware(BodyLimit)
+    app.add_middleware(
+        BodyLimit,
+        exceptions={
+            ("POST", path): Allowance(max_bytes=uploads.max_bytes(kind), deadline_s=UPLOAD_DEADLINE_S)
+            for kind, path in ROUTES.items()
+        },
+    )
     install_problem_handlers(app)
     v1 = APIRouter(prefix="/v1")
-    for resource in (jobs, plan, history, logs, checkpoints, stream, cluster):
+    for resource in (jobs, plan, lifecycle, history, logs, checkpoints, stream, bundles, datasets, cluster):
         v1.include_router(resource.router)
     app.include_router(v1)
     app.include_router(health.router)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from service.domain.elasticity import exact_worlds
 from service.domain.errors import FieldProblem
 from service.domain.placement import Node, Resources, why_not
 from service.domain.spec import JobSpec
@@ -10,12 +11,14 @@ from service.domain.spec import JobSpec
 def fit_problem(spec: JobSpec, nodes: Sequence[Node]) -> FieldProblem | None:
     """Say which field keeps a job from ever running on these nodes, and why; None if it fits when they are empty.
 
+    An elastic job fits if its smallest exact world does.
+
     Args:
         spec: the job.
         nodes: the cluster.
     """
     per_rank = spec.resources_per_rank
-    reason = why_not(spec.workers, per_rank, nodes)
+    reason = why_not(exact_worlds(spec)[-1], per_rank, nodes)
     if reason is None:
         return None
     if any(node.total.holds(per_rank) for node in nodes):

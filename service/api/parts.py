@@ -8,6 +8,7 @@ from typing import Annotated, cast
 from fastapi import Depends, Path, Request
 
 from service.api.streaming import StreamSettings
+from service.api.uploads import Uploads
 from service.domain.errors import NotFound
 from service.domain.placement import Node
 from service.domain.ports import JobStore, RunFiles
@@ -20,6 +21,7 @@ class Parts:
     Attributes:
         store: the jobs.
         files: run storage.
+        uploads: bundles and files of data.
         nudge: tells the scheduler that there is something new; may be lost.
         capacity: the most that the cluster will ever have; None where unknown.
         streams: how event streams are served.
@@ -27,6 +29,7 @@ class Parts:
 
     store: JobStore
     files: RunFiles
+    uploads: Uploads
     nudge: Callable[[], None]
     capacity: tuple[Node, ...] | None
     streams: StreamSettings

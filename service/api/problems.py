@@ -57,6 +57,7 @@ PROBLEM_OF_ERROR: Mapping[type[ServiceError], ProblemType] = MappingProxyType(
         errors.InvalidSpec: ProblemType(
             name="invalid-spec", status=422, title="The job specification cannot be run as written"
         ),
+        errors.InvalidUpload: ProblemType(name="invalid-upload", status=422, title="The file is not accepted"),
         errors.InvalidCursor: ProblemType(name="invalid-cursor", status=422, title="The cursor is not of this service"),
         errors.IdempotencyConflict: ProblemType(
             name="idempotency-conflict", status=422, title="The idempotency key was used with another request"

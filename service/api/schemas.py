@@ -1,13 +1,15 @@
 """What the routes take from a query and what they answer; jobs and their parts are the domain's own models."""
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.domain.batch_plan import MAX_WORLD_SIZE
 from service.domain.job import Attempt, Checkpoint, Event, Job, JobStatus
 from service.domain.placement import Node, Resources
 from service.domain.spec import JobSpec
+from service.domain.uploads import Upload
 
 MAX_POSITION = 2**63 - 1
 MAX_STEP = 2**31 - 1
@@ -62,12 +64,46 @@ class LogQuery(Query):
     tail: Annotated[int | None, Field(ge=1, le=10**6, description="the last lines only; not with offset")] = None
 
 
+class UploadListQuery(Query):
+    """How many uploads to list."""
+
+    limit: Annotated[int, Field(ge=0, le=500)] = 50
+
+
+class DatasetQuery(Query):
+    """What an uploaded file of data is called."""
+
+    name: Annotated[str, Field(max_length=200, description="of the file; its extension says what it is")]
+
+
 class StreamQuery(Query):
     """Where a stream begins."""
 
     after: Annotated[
         int, Field(ge=0, le=MAX_POSITION, description="position in the feed; Last-Event-ID goes before it")
     ] = 0
+
+
+class ResizeBody(BaseModel):
+    """How many workers a job is to have."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    workers: Annotated[int, Field(strict=True, ge=1, le=MAX_WORLD_SIZE, description="one that computes it exactly")]
+
+
+class ForkBody(BaseModel):
+    """Where a fork begins, and what is different in it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: Annotated[
+        int | None, Field(strict=True, ge=0, le=MAX_STEP, description="of the checkpoint; the latest by default")
+    ] = None
+    changes: Annotated[
+        dict[Annotated[str, Field(max_length=200, pattern=r"^[^.]+(\.[^.]+){0,9}$|^labels\..+$")], Any],
+        Field(max_length=100, description="fields of the job by name, nested or dotted, and their new values"),
+    ] = {}
 
 
 class JobList(BaseModel):
@@ -94,6 +130,20 @@ class CheckpointList(BaseModel):
     """The committed checkpoints of a job, by step."""
 
     checkpoints: tuple[Checkpoint, ...]
+
+
+class BundleList(BaseModel):
+    """Bundles of code, newest first."""
+
+    bundles: tuple[Upload, ...]
+    max_bytes: Annotated[int, Field(description="how large one may be")]
+
+
+class DatasetList(BaseModel):
+    """Files of data, newest first."""
+
+    datasets: tuple[Upload, ...]
+    max_bytes: Annotated[int, Field(description="how large one may be")]
 
 
 class Series(BaseModel):
@@ -124,13 +174,26 @@ class Amount(BaseModel):
         return cls(cpus=resources.cpus, gpus=resources.gpus, memory_bytes=resources.memory_bytes)
 
 
+class WorldPlan(BaseModel):
+    """How a number of workers computes an optimizer step."""
+
+    world_size: int
+    samples_per_rank: Annotated[list[int], Field(description="in the fullest micro-step")]
+    num_micro_steps: Annotated[int, Field(description="normalization batches one after another")]
+    groups: Annotated[int, Field(description="normalization batches side by side")]
+
+
 class Plan(BaseModel):
     """What would become of a job if it were submitted."""
 
     spec: Annotated[JobSpec, Field(description="with every default written out")]
-    world_size: int
+    world_size: Annotated[int, Field(description="the largest one")]
     samples_per_rank: Annotated[list[int], Field(description="in one micro-step")]
-    num_micro_steps: Annotated[int, Field(description="normalization batches of one optimizer step")]
+    num_micro_steps: Annotated[int, Field(description="normalization batches of one optimizer step, one after another")]
+    worlds: Annotated[
+        list[WorldPlan],
+        Field(description="every number of workers that computes the job exactly, largest first; at most 64"),
+    ]
     num_steps: Annotated[int | None, Field(description="null where only the dataset can tell")]
     resources: Annotated[Amount, Field(description="of all workers together")]
     fits: Annotated[

@@ -31,6 +31,18 @@ def load_job(path: Path, changes: Sequence[str] = ()) -> JobSpec:
     return parse_spec(data)
 
 
+def parse_change(change: str) -> tuple[str, Any]:
+    """Read a change such as ``batch.size=32``, the value in YAML; return the field's path and the value.
+
+    Raises:
+        InvalidSpec: it is none.
+    """
+    path, equals, value = change.partition("=")
+    if not equals or not all(path.split(".")):
+        raise InvalidSpec(f"--set {change}: write it as field=value, such as batch.size=32.")
+    return path, _parse(value, f"--set {change}")
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses a field that is given twice, of which plain YAML would take the last."""
 
@@ -53,10 +65,8 @@ def _parse(text: str, what: str) -> Any:  # noqa: ANN401 - whatever the document
 
 
 def _changed(data: Any, change: str) -> Any:  # noqa: ANN401 - whatever the document is
-    path, equals, value = change.partition("=")
+    path, value = parse_change(change)
     *parents, last = path.split(".")
-    if not equals or not all([*parents, last]):
-        raise InvalidSpec(f"--set {change}: write it as field=value, such as batch.size=32.")
     inner = data
     for depth, parent in enumerate(parents):
         if isinstance(inner, dict) and inner.get(parent) is None:
@@ -69,5 +79,5 @@ def _changed(data: Any, change: str) -> Any:  # noqa: ANN401 - whatever the docu
             )
     if not isinstance(inner, dict):
         raise InvalidSpec("A job is a mapping of fields to values, such as `name: digits`.")
-    inner[last] = _parse(value, f"--set {change}")
+    inner[last] = value
     return data

@@ -6,6 +6,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from service.cli import lifecycle, uploads
+from service.cli.arguments import ChangesOption, FormatOption, JobArgument, TimeoutOption
 from service.cli.commands import Commands
 from service.cli.exit_codes import ExitCode
 from service.cli.options import CommonOptions
@@ -22,10 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
-FormatOption = Annotated[Format, typer.Option("--format", help="How to print the data.")]
-TimeoutOption = Annotated[float | None, typer.Option("--timeout", min=0, help="Seconds to watch at most.")]
+app.add_typer(lifecycle.app)
+app.add_typer(uploads.app)
 
 
 @app.callback()
@@ -50,8 +50,9 @@ def submit(
         Path | None, typer.Argument(metavar="[FILE]", help="The job, in YAML; - for standard input.")
     ] = None,
     named_file: Annotated[Path | None, typer.Option("--file", "-f", help="The same as FILE.")] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a field: batch.size=32. Repeatable.")
+    changes: ChangesOption = None,
+    code_path: Annotated[
+        Path | None, typer.Option("--code", metavar="DIRECTORY", help="Upload this code, and set code.bundle to it.")
     ] = None,
     watch_it: Annotated[bool, typer.Option("--watch", help="Watch it to its end.")] = False,
     timeout_s: TimeoutOption = None,
@@ -65,9 +66,12 @@ def submit(
     path = file or named_file
     if path is None or (file is not None and named_file is not None):
         raise InvalidSpec("Name one job file: syncbn submit job.yaml")
-    spec = load_job(path, changes or [])
+    brought = [] if code_path is None else [uploads.code_change(code_path)]
+    spec = load_job(path, [*(changes or []), *brought])
     options: CommonOptions = context.obj
     with options.client() as client:
+        if code_path is not None:
+            client.upload_bundle(code_path)
         if dry_run:
             plan = client.plan(spec)
             code = ExitCode.USAGE if plan.fits is False else ExitCode.OK  # what submitting it would end with
@@ -78,6 +82,7 @@ def submit(
             show_pairs(
                 [
                     ("workers", plan.world_size),
+                    ("or also", ", ".join(str(one.world_size) for one in plan.worlds[1:]) or None),
                     ("samples per rank", " + ".join(str(count) for count in plan.samples_per_rank)),
                     ("micro-steps per step", plan.num_micro_steps),
                     ("steps", plan.num_steps),
@@ -149,6 +154,7 @@ def get(context: typer.Context, job_id: JobArgument, output: FormatOption = Form
         [
             ("id", job.id),
             ("name", job.spec.name),
+            ("forked from", job.forked_from and f"step {job.forked_from.step} of {job.forked_from.job_id}"),
             ("labels", ", ".join(f"{key}={value}" for key, value in job.spec.labels.items()) or None),
             ("status", job.status),
             ("reason", f"{job.reason}: {job.message}"),
@@ -156,6 +162,7 @@ def get(context: typer.Context, job_id: JobArgument, output: FormatOption = Form
             ("model", job.spec.model.factory),
             ("dataset", job.spec.dataset.factory),
             ("workers", job.spec.workers),
+            ("workers wanted", job.workers_wanted),
             ("batch", f"{job.spec.batch.size}, {job.spec.batch.samples_normalized_together} normalized together"),
             ("retries", f"{job.retries_used} of {job.spec.retry.budget} used"),
             ("created", job.created_at.isoformat(timespec="seconds")),
@@ -167,9 +174,17 @@ def get(context: typer.Context, job_id: JobArgument, output: FormatOption = Form
     if attempts:
         show("")
         show_table(
-            ("ATTEMPT", "STATUS", "OUTCOME", "REASON", "FROM STEP", "CREATED"),
+            ("ATTEMPT", "STATUS", "WORKERS", "OUTCOME", "REASON", "FROM STEP", "CREATED"),
             [
-                (one.number, one.status, one.outcome, one.reason, one.resumed_from_step, age(one.created_at))
+                (
+                    one.number,
+                    one.status,
+                    one.world_size,
+                    one.outcome,
+                    one.reason,
+                    one.resumed_from_step,
+                    age(one.created_at),
+                )
                 for one in attempts
             ],
         )
@@ -232,14 +247,6 @@ def metrics(
     shown = sorted(cells)[-tail:] if tail else sorted(cells)
     names = sorted(series)
     show_table(("STEP", *(one_line(key) for key in names)), [(s, *(cells[s].get(key) for key in names)) for s in shown])
-
-
-@app.command()
-def cancel(context: typer.Context, job_id: JobArgument) -> None:
-    """Cancel a job; one that runs saves a checkpoint first."""
-    with context.obj.client() as client:
-        job = client.cancel(job_id)
-    show(f"{job.id} {job.status}{' (cancel requested)' if job.cancel_requested else ''}")
 
 
 @app.command()

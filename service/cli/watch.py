@@ -14,7 +14,16 @@ from service.client.errors import WaitTimeout
 from service.client.stream import StreamItem
 from service.domain.job import Event, Job, MetricPoint
 
-TOLD_EVENTS = ("status", "stop_requested", "resumed", "warning", "checkpoint_quarantined", "cancel_requested")
+TOLD_EVENTS = (
+    "status",
+    "stop_requested",
+    "resumed",
+    "warning",
+    "checkpoint_quarantined",
+    "cancel_requested",
+    "pause_requested",
+    "resize_requested",
+)
 SETTLE_S = 0.05  # the points of one report arrive together; this much silence ends it
 
 

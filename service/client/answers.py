@@ -15,14 +15,31 @@ class Answer(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
+class WorldPlan(Answer):
+    """How a number of workers computes an optimizer step.
+
+    Attributes:
+        samples_per_rank: in the fullest micro-step.
+        num_micro_steps: normalization batches one after another.
+        groups: normalization batches side by side.
+    """
+
+    world_size: int
+    samples_per_rank: tuple[int, ...]
+    num_micro_steps: int
+    groups: int
+
+
 class JobPlan(Answer):
     """What would become of a job if it were submitted.
 
     Attributes:
         spec: with every default written out.
+        world_size: the largest that computes it exactly; the following are of it.
         samples_per_rank: in one micro-step.
         num_micro_steps: normalization batches of one optimizer step.
         num_steps: None where only the dataset can tell.
+        worlds: every number of workers that computes the job exactly, largest first.
         resources: of all workers together.
         fits: whether the cluster holds the job when it is empty; None while that is unknown.
         reason: why it does not, or why that is unknown.
@@ -33,6 +50,7 @@ class JobPlan(Answer):
     samples_per_rank: tuple[int, ...]
     num_micro_steps: int
     num_steps: int | None
+    worlds: tuple[WorldPlan, ...] = ()
     resources: Resources
     fits: bool | None
     reason: str | None

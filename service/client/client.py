@@ -1,5 +1,6 @@
 """The service as Python methods, typed by the domain's models."""
 
+import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,15 +13,18 @@ from urllib.parse import quote
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from service.client.answers import JobPlan, LogChunk, Series, node_of
+from service.client.bundling import open_bundle
 from service.client.connection import Connection
 from service.client.discovery import Endpoint
 from service.client.download import download_file
 from service.client.errors import JobNotFound, ServiceUnreachable, UnexpectedAnswer, WaitTimeout
 from service.client.patience import Patience
 from service.client.stream import StreamItem, stream_job
+from service.client.uploads import send_upload
 from service.domain.job import Attempt, Checkpoint, Event, Job, JobStatus
 from service.domain.ports import ClusterSnapshot, JobPage
 from service.domain.spec import JobSpec
+from service.domain.uploads import Upload
 
 MANIFEST = "manifest.json"
 POLL_S = 0.3
@@ -77,9 +81,7 @@ class Client:
             spec: the job.
             idempotency_key: names the request; by default a new one, for this call and its repetitions.
         """
-        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4()), **_JSON}
-        data = self._connection.json("POST", "/v1/jobs", content=spec.model_dump_json(), headers=headers)
-        return _parse(Job, data)
+        return self._post("/v1/jobs", spec.model_dump_json(), idempotency_key)
 
     def plan(self, spec: JobSpec) -> JobPlan:
         """Say what would become of a job if it were submitted; starts nothing."""
@@ -112,7 +114,39 @@ class Client:
 
     def cancel(self, job_id: str) -> Job:
         """Cancel a job, or ask for it; asking again changes nothing."""
-        return _parse(Job, self._connection.json("POST", f"{_path(job_id)}/cancel"))
+        return self._post(f"{_path(job_id)}/cancel")
+
+    def pause(self, job_id: str) -> Job:
+        """Pause a job, or ask for it; one that runs saves a checkpoint first. Asking again changes nothing."""
+        return self._post(f"{_path(job_id)}/pause")
+
+    def resume(self, job_id: str) -> Job:
+        """Queue a job again that was paused, has failed or was cancelled; it goes on from its last checkpoint."""
+        return self._post(f"{_path(job_id)}/resume")
+
+    def resize(self, job_id: str, workers: int) -> Job:
+        """Let an elastic job have so many workers from now on, as soon as there is room for them."""
+        return self._post(f"{_path(job_id)}/resize", json.dumps({"workers": workers}))
+
+    def fork(
+        self,
+        job_id: str,
+        *,
+        step: int | None = None,
+        changes: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Submit a job that goes on from a checkpoint of another one; its metrics begin after that step.
+
+        Args:
+            job_id: of the other job.
+            step: of the checkpoint; the latest by default.
+            changes: fields that differ, nested as in a specification or by dotted paths, such as
+                ``{"optimizer.learning_rate": 0.01, "steps": 2000}``. Weights and optimizer state have to fit.
+            idempotency_key: names the request; by default a new one, for this call and its repetitions.
+        """
+        body = json.dumps({"step": step, "changes": dict(changes or {})})
+        return self._post(f"{_path(job_id)}/fork", body, idempotency_key)
 
     def attempts(self, job_id: str) -> tuple[Attempt, ...]:
         """Return the attempts at a job, in order."""
@@ -201,7 +235,7 @@ class Client:
         return stream_job(self._connection, f"{_path(job_id)}/stream", after=after, patience=self._patience())
 
     def wait(self, job_id: str, *, timeout_s: float | None = None) -> Job:
-        """Return the job once it has ended.
+        """Return the job once it has ended; one that is paused has not.
 
         Raises:
             WaitTimeout: it had not within the time.
@@ -261,6 +295,54 @@ class Client:
             )
         return checkpoint
 
+    def upload_bundle(self, path: Path, *, on_bytes: Callable[[int], None] | None = None) -> Upload:
+        """Upload code, for jobs to name by its hash as ``code.bundle``; nothing is sent that the service has.
+
+        Args:
+            path: a directory, packed as ``service.client.bundling.pack_directory`` says, or a zip archive.
+            on_bytes: called with the number of bytes of each piece that is sent.
+
+        Raises:
+            UploadFailed: it cannot be packed, or is larger than the service takes.
+            OSError: it cannot be read.
+        """
+        with open_bundle(path) as file:
+            data = send_upload(
+                self._connection,
+                "/v1/bundles",
+                file,
+                what=f"The bundle of {path}",
+                patience=self._patience(),
+                on_bytes=on_bytes,
+            )
+        return _parse(Upload, data)
+
+    def upload_dataset(
+        self, path: Path, *, name: str | None = None, on_bytes: Callable[[int], None] | None = None
+    ) -> Upload:
+        """Upload a file of data, for jobs to name as ``upload:`` and its hash; nothing is sent that the service has.
+
+        Args:
+            path: a .npz, .zip, .parquet or .tar file.
+            name: what to keep it under; by default its own name.
+            on_bytes: called with the number of bytes of each piece that is sent.
+
+        Raises:
+            UploadFailed: it is larger than the service takes.
+            OSError: it cannot be read.
+        """
+        with path.open("rb") as file:
+            data = send_upload(
+                self._connection,
+                "/v1/datasets",
+                file,
+                what=str(path),
+                name=name or path.name,
+                patience=self._patience(),
+                on_bytes=on_bytes,
+            )
+        return _parse(Upload, data)
+
     def cluster(self) -> ClusterSnapshot:
         """Return the nodes as the scheduler last saw them."""
         data = self._connection.json("GET", "/v1/cluster")
@@ -269,6 +351,11 @@ class Client:
             return ClusterSnapshot(nodes=nodes, observed_at=_TIME.validate_python(data["observed_at"]))
         except (KeyError, TypeError, ValidationError):
             raise UnexpectedAnswer(_OTHER_VERSION) from None
+
+    def _post(self, path: str, content: str | None = None, idempotency_key: str | None = None) -> Job:
+        """Ask for something that is done once, however often the request has to be repeated."""
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4()), **({} if content is None else _JSON)}
+        return _parse(Job, self._connection.json("POST", path, content=content, headers=headers))
 
     def _patience(self) -> Patience:
         return Patience(self._reconnect_for_s, on_first_pause=self._on_interruption)

@@ -9,6 +9,7 @@ ClientError
 ├── ServiceFailed           it answered that it failed
 ├── UnexpectedAnswer        what answers speaks another language
 ├── DownloadFailed          a file is not what its checkpoint says
+├── UploadFailed            a file or directory cannot be sent
 └── WaitTimeout             the job had not ended in time
 """
 
@@ -76,6 +77,10 @@ class UnexpectedAnswer(ClientError):
 
 class DownloadFailed(ClientError):
     """A file that was downloaded is not what its checkpoint says."""
+
+
+class UploadFailed(ClientError):
+    """A file or directory cannot be sent as it is, or did not arrive as it was."""
 
 
 class WaitTimeout(ClientError):

@@ -82,9 +82,9 @@ def judge(
         if any(end.stopped for end in ends.values()):
             assert stop_reason is not None
             return Ended(outcome=Outcome.STOPPED, reason=stop_reason, message=f"Stopped after step {step}.", step=step)
-        return Ended(
-            outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, message=f"All {step} steps are done.", step=step
-        )
+        notes = [end.note for end in ends.values() if end.note]
+        message = notes[0] if notes else f"All {step} steps are done."
+        return Ended(outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, message=message, step=step)
     if stop_reason is not None and not any(failure.outcome is Outcome.FAILED for failure in failures):
         return Ended(
             outcome=Outcome.STOPPED,

@@ -4,6 +4,7 @@ import shutil
 import socket
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,19 @@ class Conversation:
         self._uploader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
         self._uploads: list[Future[Errored | None]] = []
         self._error: Errored | None = None
+        self._refused: Errored | None = None  # the first checkpoint that run storage did not take
         self._finished: Finished | None = None
 
     def receive(self, channel: socket.socket) -> bool:
-        """Take in what can be read now; False at the end of it."""
+        """Take in what can be read now; False at the end of it.
+
+        Where the job is to stop when a checkpoint cannot be stored, that is the end of it too: a process that is hung
+        up on ends at once.
+        """
+        if self._refused is not None and self._stops_without_checkpoint:
+            with suppress(OSError):  # it has hung up itself
+                channel.shutdown(socket.SHUT_RDWR)
+            return False
         try:
             data = channel.recv(1 << 16)
         except OSError:
@@ -61,12 +71,18 @@ class Conversation:
         # The end of a rank may overtake its reports on the way to the supervisor, which would close its journal.
         self._reports.arrive()
         finished = self._finished
+        hung_up_for = self._refused if self._stops_without_checkpoint and finished is None else None
         return RankEnd(
             exit_status=exit_status,
             step=None if finished is None else finished.step,
             stopped=finished is not None and finished.stopped,
-            error=self._error or last_upload,
+            error=self._error or last_upload or hung_up_for,
+            note="" if finished is None else finished.note,
         )
+
+    @property
+    def _stops_without_checkpoint(self) -> bool:
+        return self._launch.spec.checkpoint.on_failure == "stop"
 
     def _take(self, messages: Sequence[FromRank]) -> None:
         reports: list[Any] = []
@@ -90,7 +106,9 @@ class Conversation:
         except (OSError, ServiceError) as error:
             message = f"The checkpoint of step {staged.step} could not be stored: {error}"
             self._reports.send([Warned(message=message, rank=self._rank)])
-            return Errored(cause="checkpoint", error_type=type(error).__name__, message=message, traceback="")
+            refused = Errored(cause="checkpoint", error_type=type(error).__name__, message=message, traceback="")
+            self._refused = self._refused or refused
+            return refused
         finally:
             shutil.rmtree(directory, ignore_errors=True)
         self._reports.send([written])

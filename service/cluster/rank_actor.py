@@ -1,7 +1,7 @@
 """The actor of one rank: it holds the rank's resources, its training process, its logs and its uploads."""
 
+import os
 import selectors
-import shutil
 import socket
 import time
 from dataclasses import dataclass
@@ -17,8 +17,11 @@ from service.cluster.fork_client import ForkedProcess
 from service.cluster.forkserver import RENDEZVOUS_FD, ForkRequest
 from service.cluster.log_shipper import SHIP_INTERVAL_S, LogShipper, ShippingThread
 from service.cluster.names import node_agent_name
+from service.cluster.preparation import Preparation
+from service.cluster.rank_directory import RankDirectory, remove_abandoned
 from service.cluster.rank_end import RankEnd
 from service.cluster.report_sender import ReportSender
+from service.domain.errors import UserCodeRefused
 from service.domain.job import Checkpoint
 from service.domain.ports import Launch
 from service.domain.rank_protocol import RankTask, StopRequest
@@ -57,7 +60,9 @@ class RankActor:
         self._channel: socket.socket | None = None
         self._process: ForkedProcess | None = None
         self._address: str = ray.util.get_node_ip_address()
-        self._directory = Path()
+        self._work_dir = Path()
+        self._directory: RankDirectory | None = None
+        self._preparation: Preparation | None = None
         self._shipper: LogShipper | None = None
 
     def place(self) -> RankPlace:
@@ -73,8 +78,32 @@ class RankActor:
         self._rendezvous = socket.create_server((self._address, 0), backlog=1024)
         return int(self._rendezvous.getsockname()[1])
 
+    def prepare(self) -> None:
+        """Fetch to this node what the job brings, before any rank waits for another.
+
+        Raises:
+            UserCodeRefused: it cannot be used; the rank's log, in run storage by then, has more.
+            ServiceError: it is not as it was uploaded, or this node does not see the service's run storage.
+            OSError: it could not be fetched this time.
+        """
+        self._store.check_identity(self._launch.storage_id)
+        self._work_dir = Path(self._find_forkserver()[1])
+        remove_abandoned(self._work_dir)
+        self._directory = RankDirectory(
+            self._work_dir, job_id=self._launch.job_id, attempt=self._launch.attempt, rank=self._rank
+        )
+        self._shipper = LogShipper(
+            self._log_path, self._store, log_dir(self._launch.job_id, self._launch.attempt, self._rank)
+        )
+        try:
+            with open(os.open(self._log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as log:
+                self._preparation = Preparation.fetch(self._launch, self._store, self._work_dir / "cache", log)
+        except UserCodeRefused:
+            self._shipper.ship()
+            raise
+
     def start(self, rendezvous_host: str, rendezvous_port: int, resume_from: Checkpoint | None) -> int:
-        """Start the training process.
+        """Start the training process, once every rank has been prepared.
 
         Args:
             rendezvous_host: address of rank 0.
@@ -84,16 +113,14 @@ class RankActor:
         Returns:
             Its process id.
         """
-        self._store.check_identity(self._launch.storage_id)
-        socket_name, work_dir = self._find_forkserver()
-        job_dir = Path(work_dir) / self._launch.job_id
-        _remove_earlier_attempts(job_dir, self._launch.attempt)
-        self._directory = job_dir / str(self._launch.attempt) / f"rank-{self._rank}"
-        self._directory.mkdir(parents=True)
+        assert self._preparation is not None
+        assert self._directory is not None
+        socket_name, _ = self._find_forkserver()  # the one of before may have been replaced since
         resume_dir = None
         if resume_from is not None:
-            resume_dir = fetch_checkpoint(self._store, resume_from, Path(work_dir) / "checkpoints")
+            resume_dir = fetch_checkpoint(self._store, resume_from, self._work_dir / "checkpoints")
         spec = self._launch.spec
+        brought = self._preparation
         task = RankTask(
             job_id=self._launch.job_id,
             attempt=self._launch.attempt,
@@ -105,15 +132,18 @@ class RankActor:
             rendezvous_fd=RENDEZVOUS_FD if self._rendezvous else None,
             interface=_interface_of(self._address),
             num_threads=max(1, int(spec.resources.cpus_per_rank)),
-            staging_dir=str(self._directory / "staging"),
+            staging_dir=str(self._directory.path / "staging"),
             resume_dir=None if resume_dir is None else str(resume_dir),
+            resume_job_id=None if resume_from is None else resume_from.job_id,
+            code_dir=None if brought.code_dir is None else str(brought.code_dir),
+            packages_dir=None if brought.packages_dir is None else str(brought.packages_dir),
+            uploads={sha256: str(path) for sha256, path in brought.uploads.items()},
             collective_timeout_s=self._launch.collective_timeout_s,
         )
         gpu_ids = [str(gpu_id) for gpu_id in ray.get_gpu_ids()]
-        log_path = self._directory / "output.log"
-        self._shipper = LogShipper(
-            log_path, self._store, log_dir(self._launch.job_id, self._launch.attempt, self._rank)
-        )
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpu_ids)}
+        if brought.code_dir is not None:
+            environment["PYTHONDONTWRITEBYTECODE"] = "1"  # the directory is shared, and compared with its hashes
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             descriptors = [theirs.fileno(), *([self._rendezvous.fileno()] if self._rendezvous else [])]
@@ -124,8 +154,8 @@ class RankActor:
                     attempt=self._launch.attempt,
                     rank=self._rank,
                     devices=tuple(f"gpu:{gpu_id}" for gpu_id in gpu_ids),
-                    environment={"CUDA_VISIBLE_DEVICES": ",".join(gpu_ids)},
-                    log_path=str(log_path),
+                    environment=environment,
+                    log_path=str(self._log_path),
                 ),
                 task_json=task.model_dump_json(),
                 descriptors=descriptors,
@@ -134,6 +164,11 @@ class RankActor:
         if self._rendezvous:
             self._rendezvous.close()  # the process has its own copy
         return self._process.pid
+
+    @property
+    def _log_path(self) -> Path:
+        assert self._directory is not None
+        return self._directory.path / "output.log"
 
     def _find_forkserver(self) -> tuple[str, str]:
         """Return the socket name of this node's forkserver and its work directory; waits for one being replaced."""
@@ -180,7 +215,10 @@ class RankActor:
         shipping.finish()
         self._channel.close()
         self._process.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        assert self._directory is not None
+        self._directory.remove()
+        if self._preparation is not None:
+            self._preparation.close()
         return end
 
     def stop(self) -> None:
@@ -198,13 +236,6 @@ class RankActor:
                 self._process.kill()
             except OSError:
                 return  # gone already
-
-
-def _remove_earlier_attempts(job_dir: Path, attempt: int) -> None:
-    """Remove what attempts whose rank actors were killed left on this node."""
-    for path in job_dir.glob("*"):
-        if path.name.isdecimal() and int(path.name) < attempt:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _interface_of(address: str) -> str | None:

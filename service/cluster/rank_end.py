@@ -14,12 +14,14 @@ class RankEnd:
         step: optimizer steps done, where it said so.
         stopped: it was asked to stop and did.
         error: what it reported, if it did.
+        note: why it ended before the last step by itself; empty where it did not.
     """
 
     exit_status: int
     step: int | None
     stopped: bool
     error: Errored | None
+    note: str = ""
 
     @property
     def is_clean(self) -> bool:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -17,8 +17,8 @@ from service.cluster.attempt_end import RankFailure, judge
 from service.cluster.journal import Journal
 from service.cluster.rank_actor import RankActor, RankPlace
 from service.cluster.rank_end import RankEnd
-from service.domain.errors import CorruptCheckpoint, ServiceError
-from service.domain.job import Checkpoint, Outcome, Reason
+from service.domain.errors import CorruptCheckpoint, ServiceError, UserCodeRefused
+from service.domain.job import Checkpoint, Failure, Origin, Outcome, Reason
 from service.domain.journal import (
     CheckpointQuarantined,
     CheckpointWritten,
@@ -33,6 +33,7 @@ from service.domain.journal import (
 )
 from service.domain.ports import Launch
 from service.domain.rank_protocol import Stepped
+from service.domain.uploads import brings_something
 from service.storage.checkpoints import fetch_checkpoint
 from service.storage.journal_file import JournalWriter
 from service.storage.layout import launch_marker
@@ -77,7 +78,9 @@ class Supervisor:
             try:
                 ended = await self._run_gang()
             except TimeoutError:
-                ended = self._launch_failed(f"not all of them had a process after {self._launch.start_timeout_s:g} s")
+                ended = self._launch_failed(f"not all of them had a process after {self._start_timeout_s:g} s")
+            except UserCodeRefused as error:
+                ended = self._refused(error)
             except (RayError, ServiceError, OSError) as error:
                 ended = self._launch_failed(f"{type(error).__name__}: {error}")
             except Exception as error:
@@ -125,13 +128,13 @@ class Supervisor:
 
     async def _run_gang(self) -> Ended:
         checkpoint = await self._choose_checkpoint()
+        if checkpoint is None and self._launch.forked_from is not None:
+            return self._cannot_begin(self._launch.forked_from)
         self._step = 0 if checkpoint is None else checkpoint.step
         self._journal.add(Resumed(step=self._step))
         starting = asyncio.create_task(self._start_ranks(checkpoint))
         stop_asked = asyncio.create_task(self._stop_asked.wait())
-        await asyncio.wait(
-            {starting, stop_asked}, timeout=self._launch.start_timeout_s, return_when=asyncio.FIRST_COMPLETED
-        )
+        await asyncio.wait({starting, stop_asked}, timeout=self._start_timeout_s, return_when=asyncio.FIRST_COMPLETED)
         stop_asked.cancel()
         if not starting.done():
             starting.cancel()
@@ -159,9 +162,29 @@ class Supervisor:
         stopper.cancel()
         return judge(ends=ends, failures=failures, stop_reason=self._stop_reason, step=self._step)
 
+    @property
+    def _start_timeout_s(self) -> float:
+        preparing_s = self._launch.prepare_timeout_s if brings_something(self._launch.spec) else 0.0
+        return self._launch.start_timeout_s + preparing_s
+
+    def _refused(self, error: UserCodeRefused) -> Ended:
+        # As Ray hands it on it is an error of Ray's as well, whose own words are a traceback.
+        message = str(error.cause if isinstance(error, RayTaskError) else error)
+        failure = Failure(rank=None, error_type=UserCodeRefused.__name__, message=message)
+        return Ended(
+            outcome=Outcome.FAILED, reason=Reason.USER_ERROR, message=message, step=self._step, failure=failure
+        )
+
     def _launch_failed(self, why: str) -> Ended:
         message = f"The ranks could not be started: {why}"
         return Ended(outcome=Outcome.LOST, reason=Reason.LAUNCH_FAILED, message=message, step=self._step)
+
+    def _cannot_begin(self, origin: Origin) -> Ended:
+        message = (
+            f"The checkpoint of step {origin.step} of job {origin.job_id}, which this job was forked from, cannot be "
+            "read, and it has none of its own: from the beginning it would be another job. Fork from another step."
+        )
+        return Ended(outcome=Outcome.FAILED, reason=Reason.CHECKPOINT_FAILED, message=message, step=origin.step)
 
     async def _choose_checkpoint(self) -> Checkpoint | None:
         with TemporaryDirectory() as scratch:
@@ -199,6 +222,7 @@ class Supervisor:
             ).remote(self._launch, rank, this)
             for rank in range(len(node_ids))
         ]
+        await asyncio.gather(*(_await(actor.prepare.remote()) for actor in self._ranks))
         places: list[RankPlace] = await asyncio.gather(*(_await(actor.place.remote()) for actor in self._ranks))
         port: int = await _await(self._ranks[0].open_rendezvous.remote())
         pids: list[int] = await asyncio.gather(

@@ -20,13 +20,20 @@ class NoPlan(ValueError):
 
     Args:
         field: the field of the specification to change.
-        message: why not, and which values would do.
+        reason: why not.
+        remedy: which values would do.
     """
 
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(field, message)
+    def __init__(self, field: str, reason: str, remedy: str) -> None:
+        super().__init__(field, reason, remedy)
         self.field = field
-        self.message = message
+        self.reason = reason
+        self.remedy = remedy
+
+    @property
+    def message(self) -> str:
+        """Why not, and what to do."""
+        return f"{self.reason} {self.remedy}"
 
     def __str__(self) -> str:
         return f"{self.field}: {self.message}"
@@ -149,13 +156,30 @@ def plan_batch(
     """
     assert 1 <= normalization_size <= size
     number = -(-size // normalization_size)
-    by_number = size if max_per_rank is None else max_per_rank
-    by_memory = size if memory is None else memory.max_per_rank
+    by_number, by_memory = _limits(size, max_per_rank, memory)
     ways = [way for way in _ways(size, number, world_size) if way.most_at_once <= min(by_number, by_memory)]
     if not ways:
         raise _no_plan(size, normalization_size, world_size, by_number, memory)
     groups = _share_out(world_size, number // min(ways).num_micro_steps)
     return BatchPlan(size=size, num_normalization_batches=number, group_sizes=groups)
+
+
+def has_plan(
+    *,
+    size: int,
+    normalization_size: int,
+    world_size: int,
+    max_per_rank: int | None = None,
+    memory: MemoryHint | None = None,
+) -> bool:
+    """Tell whether there is a plan, without looking for what would do instead; arguments as of ``plan_batch``."""
+    limit = min(_limits(size, max_per_rank, memory))
+    return any(way.most_at_once <= limit for way in _ways(size, -(-size // normalization_size), world_size))
+
+
+def _limits(size: int, max_per_rank: int | None, memory: MemoryHint | None) -> tuple[int, int]:
+    """Return how many samples a rank may hold by their number, and by their memory."""
+    return size if max_per_rank is None else max_per_rank, size if memory is None else memory.max_per_rank
 
 
 def _share(total: int, number: int, index: int) -> slice:
@@ -218,7 +242,7 @@ def _most_per_rank(size: int, number: int, world_size: int) -> int | None:
 
 def _no_plan(size: int, normalization_size: int, world_size: int, by_number: int, memory: MemoryHint | None) -> NoPlan:
     number = -(-size // normalization_size)
-    by_memory = size if memory is None else memory.max_per_rank
+    by_number, by_memory = _limits(size, by_number, memory)
     limit = min(by_number, by_memory)
 
     def fits(world: int, number: int = number) -> bool:
@@ -237,21 +261,23 @@ def _no_plan(size: int, normalization_size: int, world_size: int, by_number: int
         others = sorted(divisors(size), key=lambda other: abs(other - normalization_size))
         fitting = (other for other in others if fits(world_size, size // other))
         remedies += [f"batch.normalization_size={near}" for near in islice(fitting, 1)]
-    use = f" Use {', or '.join(remedies)}." if remedies else " No number of workers can; use a smaller batch.size."
+    use = f"Use {', or '.join(remedies)}." if remedies else "No number of workers can; use a smaller batch.size."
     whole = f"normalization batches of {normalization_size} of {size} samples"
     if needed is None:
         return NoPlan(
             "workers",
             f"{world_size} workers cannot share {whole}: each needs at least one sample at a time, and every "
-            f"normalization batch stays whole.{use}",
+            "normalization batch stays whole.",
+            use,
         )
     if memory is None or by_number <= by_memory:
         why = f"put {needed} samples on a worker at once, more than max_per_rank={limit}"
-        return NoPlan("batch.max_per_rank", f"{whole} on {world_size} worker(s) {why}.{use}")
+        return NoPlan("batch.max_per_rank", f"{whole} on {world_size} worker(s) {why}.", use)
     return NoPlan(
         "resources.memory_bytes_per_rank",
         f"{whole} on {world_size} worker(s) put {needed} samples on a worker at once, more than the {limit} that "
-        f"{memory.bytes_per_rank} bytes hold with {memory.bytes_fixed} fixed and {memory.bytes_per_sample} each.{use}",
+        f"{memory.bytes_per_rank} bytes hold with {memory.bytes_fixed} fixed and {memory.bytes_per_sample} each.",
+        use,
     )
 
 

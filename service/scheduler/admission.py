@@ -1,11 +1,14 @@
 """Which queued jobs start now, where, and why the others wait; a pure decision."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from service.domain.elasticity import worlds_of
 from service.domain.job import Job
-from service.domain.placement import Node, place_gang, why_not
+from service.domain.placement import Node, why_not
 from service.domain.ports import LiveAttempt
+from service.scheduler.room import Room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,36 +33,50 @@ def admit(
     """Start jobs in their order for as long as each fits whole.
 
     A job that the empty cluster could not hold waits without holding up the others; one that only has to wait for
-    room holds up all that come after it, so that a large job is not starved by small ones.
+    room holds up all that come after it, so that a large job is not starved by small ones. An elastic job fits if its
+    smallest exact world does; what is left when every job that can start has its place goes to the elastic ones among
+    them, in their order, so that none takes what the next one needs.
 
     Args:
         queued: by priority, then first come.
         live: attempts that hold resources.
         nodes: the cluster.
     """
-    free = {node.id: node.total for node in nodes}
-    for entry in live:
-        amount = entry.job.spec.resources_per_rank
-        for node_id in entry.attempt.node_ids:
-            if node_id in free:
-                free[node_id] = free[node_id] - amount
+    room = Room.beside(live, nodes)
     starts: list[Start] = []
     waits: list[Wait] = []
     is_blocked = False
     for job in queued:
         amount = job.spec.resources_per_rank
-        impossible = why_not(job.spec.workers, amount, nodes)
+        fewest = worlds_of(job)[-1]
+        impossible = why_not(fewest, amount, nodes)
         if impossible is not None:
             waits.append(Wait(job=job, message=f"Waits for a larger cluster: {impossible}"))
         elif is_blocked:
             waits.append(Wait(job=job, message="Waits for the jobs ahead of it."))
-        elif (node_ids := place_gang(job.spec.workers, amount, free)) is not None:
-            for node_id in node_ids:
-                free[node_id] = free[node_id] - amount
+        elif (node_ids := room.place(fewest, amount)) is not None:
+            room.take(Counter(node_ids), amount)
             starts.append(Start(job=job, node_ids=node_ids))
         else:
-            room = sum(amount_free.holds(amount) for amount_free in free.values())
-            message = f"Needs {job.spec.workers} × ({amount}) at once; {room} free now. First in line."
+            need = f"at least {fewest}" if job.spec.workers.is_elastic else f"{fewest}"
+            message = f"Needs {need} × ({amount}) at once; {room.num_fitting(amount)} free now. First in line."
             waits.append(Wait(job=job, message=message))
             is_blocked = True
-    return tuple(starts), tuple(waits)
+    return tuple(_widened(start, room) for start in starts), tuple(waits)
+
+
+def first_in_line(queued: Sequence[Job], nodes: Sequence[Node]) -> Job | None:
+    """Return the first queued job that the empty cluster could hold; None if there is none."""
+    return next(
+        (job for job in queued if why_not(worlds_of(job)[-1], job.spec.resources_per_rank, nodes) is None), None
+    )
+
+
+def _widened(start: Start, room: Room) -> Start:
+    """Return the start on the largest exact world that fits, and take the room for it."""
+    amount = start.job.spec.resources_per_rank
+    room.give(Counter(start.node_ids), amount)
+    placed = (room.place(world, amount) for world in worlds_of(start.job))
+    node_ids = next(node_ids for node_ids in placed if node_ids is not None)  # the smallest fits
+    room.take(Counter(node_ids), amount)
+    return Start(job=start.job, node_ids=node_ids)

@@ -2,11 +2,12 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from datetime import datetime
 
-from service.domain.job import AttemptStatus, Failure, Outcome, Reason
-from service.domain.journal import CheckpointWritten, Ended, JournalRecord, utc_now
+from service.domain.job import AttemptStatus, Failure, Job, Outcome, Reason
+from service.domain.journal import CheckpointWritten, Ended, JournalRecord, Resumed, utc_now
+from service.domain.keeping import to_remove
 from service.domain.ports import Cluster, Lease, LiveAttempt, RunFiles, SchedulerStore, SupervisorState
 from service.scheduler.launches import LaunchFactory
 
@@ -49,6 +50,11 @@ class AttemptFollower:
         self._launched_at: dict[tuple[str, int], float] = {}
         self._stop_asked_at: dict[tuple[str, int], float] = {}
         self._stop_first_asked_at: dict[tuple[str, int], float] = {}
+        self._usable_nodes: Set[str] = frozenset()
+
+    def use_nodes(self, node_ids: Set[str]) -> None:
+        """Say on which nodes a job that is resized may go on; on none of them while the service stops."""
+        self._usable_nodes = node_ids
 
     def follow(self, lease: Lease, live: LiveAttempt) -> None:
         """Do what there is to do for one attempt, without waiting for it."""
@@ -85,12 +91,12 @@ class AttemptFollower:
     def _take(self, lease: Lease, live: LiveAttempt, records: Sequence[JournalRecord]) -> bool:
         """Store records; True if they end the attempt, which is then sealed."""
         self._store.ingest(lease, live.job.id, live.attempt.number, records)
-        if any(isinstance(record.report, CheckpointWritten) for record in records):
-            self._remove_old_checkpoints(lease, live)
         for record in records:
             if isinstance(record.report, Ended):
                 self._seal(lease, live, record.report.outcome, record.report.reason, record.report.failure)
                 return True
+        if any(isinstance(record.report, CheckpointWritten | Resumed) for record in records):
+            self._remove_checkpoints(lease, live.job)
         return False
 
     def _follow_without_supervisor(self, lease: Lease, live: LiveAttempt) -> None:
@@ -109,11 +115,13 @@ class AttemptFollower:
     def _ask_to_stop(self, lease: Lease, live: LiveAttempt) -> None:
         job_id, number = live.job.id, live.attempt.number
         reason = live.attempt.stop_reason
+        if reason in (None, Reason.RESIZED):
+            stronger = _why_stop(live)
+            if stronger is not None:
+                self._store.mark_stopping(lease, job_id, number, stronger)
+            reason = stronger or reason
         if reason is None:
-            reason = _why_stop(live)
-            if reason is None:
-                return
-            self._store.mark_stopping(lease, job_id, number, reason)
+            return
         first_asked = self._stop_first_asked_at.setdefault((job_id, number), time.monotonic())
         if time.monotonic() - first_asked > self._stop_grace_s + STOP_OVERTIME_S:
             # Storage or the supervisor hangs. Sealed, the attempt can commit nothing more, whatever is left of it.
@@ -134,17 +142,44 @@ class AttemptFollower:
 
     def _seal(self, lease: Lease, live: LiveAttempt, outcome: Outcome, reason: Reason, failure: Failure | None) -> None:
         job_id, number = live.job.id, live.attempt.number
-        job = self._store.seal_attempt(lease, job_id, number, outcome=outcome, reason=reason, failure=failure)
+        job = self._store.seal_attempt(
+            lease,
+            job_id,
+            number,
+            outcome=outcome,
+            reason=reason,
+            failure=failure,
+            next_node_ids=self._next_places(live),
+        )
         logger.info("%s attempt %d ended: %s (%s); the job is %s", job_id, number, outcome, reason, job.status)
         self._cluster.close(job_id, number)
         for times in (self._launched_at, self._stop_asked_at, self._stop_first_asked_at):
             times.pop((job_id, number), None)
+        self._remove_checkpoints(lease, job)
 
-    def _remove_old_checkpoints(self, lease: Lease, live: LiveAttempt) -> None:
-        for checkpoint in self._store.resumable_checkpoints(live.job.id)[live.job.spec.checkpoint.keep_last :]:
-            # The row first: what is listed exists.
-            self._store.forget_checkpoint(lease, live.job.id, checkpoint.attempt, checkpoint.step)
-            self._files.remove_checkpoint(checkpoint.path)
+    def _next_places(self, live: LiveAttempt) -> tuple[str, ...] | None:
+        """Return where a job goes on that is being resized; None if it is not, or if a node of these is gone."""
+        target = live.attempt.target_node_ids
+        if live.attempt.stop_reason is not Reason.RESIZED or target is None:
+            return None
+        return target if self._usable_nodes >= set(target) else None
+
+    def _remove_checkpoints(self, lease: Lease, job: Job) -> None:
+        """Remove the checkpoints that the job's policy does not keep, and the files of those that count no more.
+
+        What is listed exists: a checkpoint is taken from the list, then its files go, and its row last, so that
+        whatever is cut short is taken up again the next time.
+        """
+        listed = self._store.checkpoints(job.id)
+        pinned = self._store.pinned_checkpoints(job.id)
+        for checkpoint in to_remove(listed, job.spec.checkpoint, pinned=pinned):
+            self._store.retire_checkpoint(lease, job.id, checkpoint.attempt, checkpoint.step)
+        # A fork that has a checkpoint of its own needs that of its parent no more.
+        parents = [job.forked_from.job_id] if job.forked_from is not None and listed else []
+        for job_id in (job.id, *parents):
+            for checkpoint in self._store.removable_checkpoints(job_id):
+                self._files.remove_checkpoint(checkpoint.path)
+                self._store.forget_checkpoint(lease, job_id, checkpoint.attempt, checkpoint.step)
 
 
 def _why_stop(live: LiveAttempt) -> Reason | None:
@@ -154,7 +189,7 @@ def _why_stop(live: LiveAttempt) -> Reason | None:
     running_at = live.attempt.running_at
     if timeout_s is not None and running_at is not None and live.job.running_s + _age_s(running_at) > timeout_s:
         return Reason.TIMEOUT
-    return None
+    return Reason.PAUSE_REQUESTED if live.job.pause_requested else None
 
 
 def _age_s(since: datetime) -> float:

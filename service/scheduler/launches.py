@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from service.domain.job import Attempt, Job
 from service.domain.ports import Launch, SchedulerStore
+from service.domain.uploads import NODE_CACHE_BYTES, PREPARE_TIMEOUT_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,8 @@ class LaunchFactory:
         collective_timeout_s: how long a rank waits for its peers.
         start_timeout_s: how long the ranks may take to start.
         stop_grace_s: how long a rank that was asked to stop may take for its last checkpoint.
+        prepare_timeout_s: how long a node may take to get what a job brings.
+        node_cache_bytes: most that a node keeps of such things.
     """
 
     store: SchedulerStore
@@ -25,6 +28,8 @@ class LaunchFactory:
     collective_timeout_s: float
     start_timeout_s: float
     stop_grace_s: float
+    prepare_timeout_s: float = PREPARE_TIMEOUT_S
+    node_cache_bytes: int = NODE_CACHE_BYTES
 
     def __call__(self, job: Job, attempt: Attempt) -> Launch:
         """Return the launch of an attempt."""
@@ -39,4 +44,7 @@ class LaunchFactory:
             collective_timeout_s=self.collective_timeout_s,
             start_timeout_s=self.start_timeout_s,
             stop_grace_s=self.stop_grace_s,
+            forked_from=job.forked_from,
+            prepare_timeout_s=self.prepare_timeout_s,
+            node_cache_bytes=self.node_cache_bytes,
         )

@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable
 
 from service.domain.errors import LeaseLost, Unavailable
-from service.domain.job import Reason
+from service.domain.job import AttemptStatus, Reason
 from service.domain.placement import Node
 from service.domain.ports import Cluster, Lease, RunFiles, SchedulerStore
 from service.scheduler.admission import admit
+from service.scheduler.elasticity import decide_resizes
 from service.scheduler.follower import AttemptFollower
 from service.scheduler.launches import LaunchFactory
 
@@ -31,6 +32,7 @@ class Scheduler:
         make_launch: builds launches.
         lease_ttl_s: how long the lease lasts without a renewal.
         launch_timeout_s: how long a supervisor may take to show that it runs.
+        resize_interval_s: how long an elastic job runs before it is interrupted to give it more workers.
     """
 
     def __init__(
@@ -43,17 +45,21 @@ class Scheduler:
         make_launch: LaunchFactory,
         lease_ttl_s: float,
         launch_timeout_s: float,
+        resize_interval_s: float,
     ) -> None:
         self._holder = holder
         self._store = store
         self._cluster = cluster
         self._make_launch = make_launch
         self._lease_ttl_s = lease_ttl_s
+        self._resize_interval_s = resize_interval_s
         self._lease: Lease | None = None
         self._has_to_close_forgotten = False
         self._renewed_at = 0.0
         self._nodes: tuple[Node, ...] = ()
         self._troubles: dict[str, str] = {}
+        # By the clock of this process: another leader counts anew, which delays a resize and no more.
+        self._seen_running_at: dict[tuple[str, int], float] = {}
         self._nodes_at: float | None = None
         self._follower = AttemptFollower(
             store=store, cluster=cluster, files=files, make_launch=make_launch, launch_timeout_s=launch_timeout_s
@@ -86,7 +92,13 @@ class Scheduler:
                 self._close_forgotten()
                 self._has_to_close_forgotten = False
             self._observe_nodes(lease)
-            return self._follow_all(lease) + (self._admit(lease) if admitting else 0) > 0
+            self._follower.use_nodes({node.id for node in self._nodes} if admitting else frozenset())
+            num_live = self._follow_all(lease)
+            if not admitting:
+                return num_live > 0
+            num_started = self._admit(lease)
+            self._resize(lease)
+            return num_live + num_started > 0
         except LeaseLost:
             logger.warning("The lease went to another scheduler")
             self._lease = None
@@ -185,3 +197,25 @@ class Scheduler:
             if wait.message != wait.job.message:
                 self._store.set_message(lease, wait.job.id, wait.message)
         return len(starts)
+
+    def _resize(self, lease: Lease) -> None:
+        """Ask elastic jobs to go on with more or fewer workers, where that is of use."""
+        live = self._store.live_attempts()
+        now = time.monotonic()
+        self._seen_running_at = {
+            key: self._seen_running_at.get(key, now)
+            for entry in live
+            if entry.attempt.status is AttemptStatus.RUNNING
+            for key in [(entry.job.id, entry.attempt.number)]
+        }
+        if not any(entry.job.spec.workers.is_elastic for entry in live):
+            return
+        settled = {key for key, since in self._seen_running_at.items() if now - since >= self._resize_interval_s}
+        for resize in decide_resizes(self._store.queued_jobs(), live, self._nodes, settled=settled):
+            self._store.mark_resizing(
+                lease,
+                resize.live.job.id,
+                resize.live.attempt.number,
+                node_ids=resize.node_ids,
+                message=resize.message,
+            )

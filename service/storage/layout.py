@@ -1,9 +1,14 @@
 """Where things lie in run storage; paths relative to its root, with forward slashes."""
 
 
+def job_dir(job_id: str) -> str:
+    """Return the directory below which everything lies that a job's attempts write."""
+    return f"jobs/{job_id}"
+
+
 def attempt_dir(job_id: str, attempt: int) -> str:
     """Return the directory below which everything lies that an attempt writes."""
-    return f"jobs/{job_id}/attempts/{attempt}"
+    return f"{job_dir(job_id)}/attempts/{attempt}"
 
 
 def launch_marker(job_id: str, attempt: int) -> str:

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from service.domain.errors import StaleWrite
-from service.domain.job import Attempt, AttemptStatus, Failure, JobStatus, Outcome, Reason
+from service.domain.job import Attempt, AttemptStatus, Failure, Job, JobStatus, Outcome, Reason
 from service.domain.ports import LiveAttempt
 from service.domain.retry import NextStep, after_attempt
 from service.store.jobs import LockedJob, failure_of, failure_row, job_of
@@ -21,6 +21,13 @@ def create_attempt(
     """Move a queued job to starting with a new attempt; None if it is not queued."""
     if locked.job.status is not JobStatus.QUEUED:
         return None
+    message = f"Placed on {len(node_ids)} worker(s); starting."
+    return _begin_attempt(connection, locked, node_ids, Reason.ADMITTED, message, time)
+
+
+def _begin_attempt(
+    connection: Connection, locked: LockedJob, node_ids: Sequence[str], reason: Reason, message: str, time: datetime
+) -> Attempt:
     number = locked.job.attempt + 1
     connection.execute(
         sa.insert(attempts),
@@ -35,8 +42,9 @@ def create_attempt(
         },
     )
     locked.change(attempt=number)
-    message = f"Placed on {len(node_ids)} worker(s); starting."
-    locked.move(JobStatus.STARTING, Reason.ADMITTED, message, time=time)
+    if len(node_ids) == locked.job.workers_wanted:
+        locked.change(resize_requested=False)
+    locked.move(JobStatus.STARTING, reason, message, time=time)
     locked.add_event(
         "attempt_created",
         f"Attempt {number} created.",
@@ -102,6 +110,25 @@ def mark_stopping(connection: Connection, locked: LockedJob, attempt: Attempt, r
         locked.move(JobStatus.STOPPING, reason, f"Asked to stop: {_words(reason)}.", time=time)
 
 
+def mark_resizing(
+    connection: Connection,
+    locked: LockedJob,
+    attempt: Attempt,
+    *,
+    node_ids: Sequence[str],
+    message: str,
+    time: datetime,
+) -> None:
+    """Note that a running attempt was asked to stop to go on on other nodes; nothing if something else was asked."""
+    job = locked.job
+    if job.status is not JobStatus.RUNNING or attempt.status is AttemptStatus.ENDED or attempt.stop_reason is not None:
+        return
+    if job.cancel_requested or job.pause_requested:
+        return
+    update_attempt(connection, locked, attempt.number, stop_reason=Reason.RESIZED, target_node_ids=list(node_ids))
+    locked.add_event("stop_requested", message, time=time, reason=Reason.RESIZED, data={"world_size": len(node_ids)})
+
+
 def seal_attempt(
     connection: Connection,
     locked: LockedJob,
@@ -110,9 +137,12 @@ def seal_attempt(
     outcome: Outcome,
     reason: Reason,
     failure: Failure | None,
+    next_node_ids: Sequence[str] | None,
     time: datetime,
 ) -> None:
     """End and seal an attempt and move its job on; nothing if it is sealed already.
+
+    A job whose attempt was stopped to be resized goes on with its next attempt where places are given.
 
     Raises:
         StaleWrite: the job has no such attempt.
@@ -143,16 +173,40 @@ def seal_attempt(
         ran_s = ((row.ended_at or row.reported_at) - row.running_at).total_seconds()
         locked.change(running_s=locked.job.running_s + max(0.0, ran_s))
     stop_reason = None if row.stop_reason is None else Reason(row.stop_reason)
+    # Asked for, perhaps not yet told to the attempt: the wish counts, whatever ended it.
+    wish = wish_of(locked.job)
     following = after_attempt(
         outcome=outcome,
         reason=reason,
-        # Asked to cancel but not yet told to stop: the wish counts, whatever ended the attempt.
-        status=JobStatus.STOPPING if locked.job.cancel_requested else locked.job.status,
-        stop_reason=stop_reason,
+        status=locked.job.status if wish is None else JobStatus.STOPPING,
+        stop_reason=stop_reason if wish is None or stop_reason is Reason.TIMEOUT else wish,
         retries_used=locked.job.retries_used,
         retry_budget=locked.job.spec.retry.budget,
+        is_placed=next_node_ids is not None,
     )
-    _move_on(locked, following, reason=reason, failure=failure, said=row.message, time=time)
+    if following.status is JobStatus.STARTING:
+        assert next_node_ids is not None
+        message = f"Goes on with {len(next_node_ids)} worker(s) instead of {row.world_size}; starting."
+        _begin_attempt(connection, locked, next_node_ids, following.reason, message, time)
+    else:
+        _move_on(locked, following, reason=reason, failure=failure, said=row.message, time=time)
+
+
+def live_world_size(connection: Connection, locked: LockedJob) -> int | None:
+    """Return how many ranks the job's present attempt has; None if it has none that is not sealed."""
+    row = connection.execute(
+        sa.select(attempts.c.world_size).where(
+            *_is(locked, locked.job.attempt), attempts.c.status != AttemptStatus.SEALED
+        )
+    ).one_or_none()
+    return None if row is None else int(row.world_size)
+
+
+def wish_of(job: Job) -> Reason | None:
+    """Return what the owner of a job asked for that outranks whatever else would become of it."""
+    if job.cancel_requested:
+        return Reason.CANCEL_REQUESTED
+    return Reason.PAUSE_REQUESTED if job.pause_requested else None
 
 
 def _move_on(
@@ -174,15 +228,11 @@ def _move_on(
             message = f"Lost attempt {job.attempt} ({_words(reason)}), with no retry left. {message}"
     elif following.status is JobStatus.QUEUED:
         message = f"Attempt {job.attempt} ended: {_words(reason)}. Waits to be placed again."
-    elif following.status is JobStatus.CANCELLED:
-        message = "Cancelled."
-        if job.status is not JobStatus.STOPPING:
-            locked.move(
-                JobStatus.STOPPING,
-                Reason.CANCEL_REQUESTED,
-                f"Asked to stop: {_words(Reason.CANCEL_REQUESTED)}.",
-                time=time,
-            )
+    elif following.status in (JobStatus.CANCELLED, JobStatus.PAUSED):
+        message = "Cancelled." if following.status is JobStatus.CANCELLED else f"Paused at step {job.step}."
+        wish = wish_of(job)
+        if job.status is not JobStatus.STOPPING and wish is not None:
+            locked.move(JobStatus.STOPPING, wish, f"Asked to stop: {_words(wish)}.", time=time)
     else:
         message = said or "Completed."
     locked.move(following.status, following.reason, message, time=time)
@@ -208,6 +258,7 @@ def attempt_of(job_id: str, row: Row[Any]) -> Attempt:
         last_sequence=row.last_sequence,
         resumed_from_step=row.resumed_from_step,
         stop_reason=None if row.stop_reason is None else Reason(row.stop_reason),
+        target_node_ids=row.target_node_ids,
         outcome=None if row.outcome is None else Outcome(row.outcome),
         reason=None if row.reason is None else Reason(row.reason),
         failure=failure_of(row.failure),

@@ -6,9 +6,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
-from service.domain.job import Checkpoint
+from service.domain.job import Checkpoint, Job
 from service.domain.journal import CheckpointWritten
-from service.store.tables import checkpoints
+from service.store.tables import checkpoints, jobs
 
 
 def commit_checkpoint(
@@ -53,23 +53,66 @@ def quarantine(connection: Connection, number: int, step: int) -> None:
     )
 
 
+def retire(connection: Connection, number: int, attempt: int, step: int) -> None:
+    """Let a checkpoint count no more."""
+    connection.execute(sa.update(checkpoints).where(*_is(number, attempt, step)).values(superseded=True))
+
+
 def forget(connection: Connection, number: int, attempt: int, step: int) -> None:
     """Drop the row of a checkpoint; nothing if there is none."""
-    connection.execute(
-        sa.delete(checkpoints).where(
-            checkpoints.c.job_number == number, checkpoints.c.attempt == attempt, checkpoints.c.step == step
-        )
-    )
+    connection.execute(sa.delete(checkpoints).where(*_is(number, attempt, step)))
 
 
 def list_checkpoints(connection: Connection, job_id: str, number: int) -> tuple[Checkpoint, ...]:
     """Return the checkpoints that count, by step: neither superseded nor quarantined."""
     query = (
         sa.select(checkpoints)
-        .where(checkpoints.c.job_number == number, ~checkpoints.c.superseded, ~checkpoints.c.quarantined)
+        .where(checkpoints.c.job_number == number, _counts(checkpoints))
         .order_by(checkpoints.c.step)
     )
     return tuple(_checkpoint_of(job_id, row) for row in connection.execute(query))
+
+
+def list_resumable(connection: Connection, job: Job, number: int) -> tuple[Checkpoint, ...]:
+    """Return the checkpoints that count, newest first; where there is none, the one that the job was forked from."""
+    own = list_checkpoints(connection, job.id, number)[::-1]
+    if own or job.forked_from is None:
+        return own
+    origin = job.forked_from
+    query = (
+        sa.select(checkpoints)
+        .join(jobs, jobs.c.number == checkpoints.c.job_number)
+        .where(jobs.c.id == origin.job_id, checkpoints.c.attempt == origin.attempt, checkpoints.c.step == origin.step)
+    )
+    return tuple(_checkpoint_of(origin.job_id, row) for row in connection.execute(query))
+
+
+def list_pinned(connection: Connection, job_id: str) -> frozenset[tuple[int, int]]:
+    """Return attempt and step of the checkpoints of a job that forks without one of their own begin at."""
+    own = checkpoints.alias()
+    has_own = sa.exists().where(own.c.job_number == jobs.c.number, _counts(own))
+    query = sa.select(jobs.c.origin_attempt, jobs.c.origin_step).where(jobs.c.origin_job_id == job_id, ~has_own)
+    return frozenset((attempt, step) for attempt, step in connection.execute(query))
+
+
+def list_removable(connection: Connection, job_id: str, number: int) -> tuple[Checkpoint, ...]:
+    """Return the checkpoints that count no more and that no fork needs, by step."""
+    pinned = list_pinned(connection, job_id)
+    query = (
+        sa.select(checkpoints)
+        .where(checkpoints.c.job_number == number, ~_counts(checkpoints))
+        .order_by(checkpoints.c.step, checkpoints.c.attempt)
+    )
+    rows = connection.execute(query)
+    return tuple(_checkpoint_of(job_id, row) for row in rows if (row.attempt, row.step) not in pinned)
+
+
+def _is(number: int, attempt: int, step: int) -> tuple[sa.ColumnElement[bool], ...]:
+    return checkpoints.c.job_number == number, checkpoints.c.attempt == attempt, checkpoints.c.step == step
+
+
+def _counts(table: sa.FromClause) -> sa.ColumnElement[bool]:
+    return sa.and_(~table.c.superseded, ~table.c.quarantined)
 
 
 def _checkpoint_of(job_id: str, row: Row[Any]) -> Checkpoint:

@@ -31,15 +31,24 @@ def claim_key(connection: Connection, key: IdempotencyKey, response: str, time: 
             "created_at": time,
         },
     ).first()
-    if claimed:
-        return None
+    return None if claimed else find_response(connection, key)
+
+
+def find_response(connection: Connection, key: IdempotencyKey) -> str | None:
+    """Return the response of the request that has a key; None if there is none.
+
+    Raises:
+        IdempotencyConflict: the key was used with another body.
+    """
     earlier = connection.execute(
         sa.select(idempotency_keys.c.body_sha256, idempotency_keys.c.response).where(
             idempotency_keys.c.owner == key.owner,
             idempotency_keys.c.route == key.route,
             idempotency_keys.c.key == key.key,
         )
-    ).one()
+    ).one_or_none()
+    if earlier is None:
+        return None
     if earlier.body_sha256 != key.body_sha256:
         raise IdempotencyConflict(
             f"The idempotency key {key.key!r} was used before with another body. Use a new key for a new request."

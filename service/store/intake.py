@@ -10,6 +10,7 @@ from service.domain.journal import (
     CheckpointQuarantined,
     CheckpointWritten,
     Ended,
+    ExactnessFound,
     JournalRecord,
     Launched,
     Metrics,
@@ -93,6 +94,8 @@ class _Intake:
                 self._take_checkpoint(report, record)
             case Warned() as report:
                 self._event("warning", report.message, record, rank=report.rank)
+            case ExactnessFound() as report:
+                self._take_exactness(report, record)
             case Ended() as report:
                 self._take_ended(report, record)
 
@@ -127,6 +130,14 @@ class _Intake:
         self._locked.change(num_steps=report.num_steps, started_at=job.started_at or record.time)
         if job.status is JobStatus.STARTING:
             self._locked.move(JobStatus.RUNNING, Reason.ALL_RANKS_STEPPED, "Every rank trains.", time=record.time)
+
+    def _take_exactness(self, report: ExactnessFound, record: JournalRecord) -> None:
+        message = "The result does not depend on the number of workers."
+        if not report.exact:
+            message = f"The result depends on the number of workers. {' '.join(report.reasons)}"
+        if report.rehearsed is not None:
+            message += f" {report.rehearsed}"
+        self._event("exactness", message, record, exact=report.exact, reasons=list(report.reasons))
 
     def _take_metrics(self, report: Metrics, record: JournalRecord) -> None:
         names = [*report.values, *report.nonfinite]

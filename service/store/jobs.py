@@ -10,8 +10,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
-from service.domain.errors import InvalidTransition, NotFound
-from service.domain.job import Failure, Job, JobStatus, Reason, check_transition
+from service.domain.errors import NotFound
+from service.domain.job import Failure, Job, JobStatus, Origin, Reason, check_transition
 from service.domain.ports import JobPage
 from service.domain.spec import JobSpec
 from service.store import feed
@@ -19,7 +19,7 @@ from service.store.cursor import decode_cursor, encode_cursor
 from service.store.tables import job_labels, jobs
 
 _QUEUED = jobs.c.status == sa.literal_column("'queued'")  # written out, as the partial index of the queue has it
-_STORED_AS_IS = frozenset(Job.model_fields) - {"id", "spec", "failure"}
+_STORED_AS_IS = frozenset(Job.model_fields) - {"id", "spec", "failure", "forked_from"}
 
 
 class LockedJob:
@@ -82,7 +82,9 @@ class LockedJob:
         self.add_event("status", message, time=time, reason=reason, data={"from": self.job.status, "to": status})
         self.change(status=status, reason=reason, message=message)
         if status.is_terminal:
-            self.change(ended_at=time, cancel_requested=False)
+            self.change(ended_at=time)
+        if status.is_terminal or status is JobStatus.PAUSED:
+            self.change(cancel_requested=False, pause_requested=False, resize_requested=False)
 
     def write(self) -> None:
         """Write what changed, if anything did."""
@@ -108,9 +110,13 @@ def locked_job(connection: Connection, job_id: str) -> Iterator[LockedJob]:
     locked.write()
 
 
-def insert_job(connection: Connection, job_id: str, spec: JobSpec, time: datetime) -> Job:
-    """Store a new job as queued, with its first event."""
-    message = "Waits to be placed."
+def insert_job(
+    connection: Connection, job_id: str, spec: JobSpec, time: datetime, *, origin: Origin | None = None
+) -> Job:
+    """Store a new job as queued, with its first event; it begins at a checkpoint of another where one is given."""
+    reason, message = Reason.SUBMITTED, "Waits to be placed."
+    if origin is not None:
+        reason, message = Reason.FORKED, f"Forked from step {origin.step} of job {origin.job_id}. {message}"
     number = connection.execute(
         sa.insert(jobs).returning(jobs.c.number),
         {
@@ -119,16 +125,19 @@ def insert_job(connection: Connection, job_id: str, spec: JobSpec, time: datetim
             "priority": spec.priority,
             "spec": spec.model_dump_json(),
             "status": JobStatus.QUEUED,
-            "reason": Reason.SUBMITTED,
+            "reason": reason,
             "message": message,
             "attempt": 0,
             "retries_used": 0,
-            "step": 0,
+            "step": 0 if origin is None else origin.step,
             "num_steps": spec.num_steps,
             "cancel_requested": False,
             "running_s": 0.0,
             "position": 1,
             "created_at": time,
+            "origin_job_id": None if origin is None else origin.job_id,
+            "origin_attempt": None if origin is None else origin.attempt,
+            "origin_step": None if origin is None else origin.step,
         },
     ).scalar_one()
     if spec.labels:
@@ -142,7 +151,7 @@ def insert_job(connection: Connection, job_id: str, spec: JobSpec, time: datetim
         "time": time,
         "kind": "status",
         "attempt": 0,
-        "reason": Reason.SUBMITTED,
+        "reason": reason,
         "message": message,
         "data": {"from": None, "to": JobStatus.QUEUED},
     }
@@ -225,23 +234,6 @@ def list_queue(connection: Connection, limit: int) -> tuple[Job, ...]:
     return tuple(job_of(row) for row in connection.execute(query))
 
 
-def request_cancel(locked: LockedJob, time: datetime) -> Job:
-    """Cancel a queued job; note for one that is starting or running that it was asked for.
-
-    Raises:
-        InvalidTransition: it has already succeeded or failed.
-    """
-    job = locked.job
-    if job.status is JobStatus.QUEUED:
-        locked.move(JobStatus.CANCELLED, Reason.CANCELLED, "Cancelled before it was placed.", time=time)
-    elif job.status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
-        raise InvalidTransition(f"Job {job.id} has already {job.status}; there is nothing left to cancel.")
-    elif job.status in (JobStatus.STARTING, JobStatus.RUNNING) and not job.cancel_requested:
-        locked.change(cancel_requested=True)
-        locked.add_event("cancel_requested", "Asked to cancel.", time=time, reason=Reason.CANCEL_REQUESTED)
-    return locked.job
-
-
 def set_message(connection: Connection, job_id: str, message: str) -> None:
     """Say why a queued job waits; nothing if it is not queued or says so already."""
     connection.execute(
@@ -262,12 +254,23 @@ def job_of(row: Row[Any]) -> Job:
         step=row.step,
         num_steps=row.num_steps,
         cancel_requested=row.cancel_requested,
+        pause_requested=row.pause_requested,
+        workers_wanted=row.workers_wanted,
+        resize_requested=row.resize_requested,
+        forked_from=origin_of(row),
         running_s=row.running_s,
         failure=failure_of(row.failure),
         created_at=row.created_at,
         started_at=row.started_at,
         ended_at=row.ended_at,
     )
+
+
+def origin_of(row: Row[Any]) -> Origin | None:
+    """Return where the job of a row was forked from, if it was."""
+    if row.origin_job_id is None:
+        return None
+    return Origin(job_id=row.origin_job_id, attempt=row.origin_attempt, step=row.origin_step)
 
 
 def failure_of(data: object) -> Failure | None:

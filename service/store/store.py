@@ -1,12 +1,25 @@
 """The job database behind the domain's ports: each method is one transaction."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 
 from sqlalchemy.engine import Connection
 from typing_extensions import override
 
-from service.domain.job import Attempt, Checkpoint, Event, Failure, Job, JobStatus, MetricPoint, Outcome, Reason
+from service.domain.errors import NotFound
+from service.domain.job import (
+    Attempt,
+    Checkpoint,
+    Event,
+    Failure,
+    Job,
+    JobStatus,
+    MetricPoint,
+    Origin,
+    Outcome,
+    Reason,
+)
 from service.domain.journal import JournalRecord
 from service.domain.placement import Node
 from service.domain.ports import (
@@ -20,13 +33,26 @@ from service.domain.ports import (
     SchedulerStore,
 )
 from service.domain.spec import JobSpec
-from service.store import attempts, checkpoints, cluster, feed, idempotency, intake, jobs, leases, metrics
+from service.domain.uploads import NewUpload, Upload, UploadKind, UploadStore
+from service.store import (
+    attempts,
+    checkpoints,
+    cluster,
+    feed,
+    idempotency,
+    intake,
+    jobs,
+    leases,
+    metrics,
+    uploads,
+    wishes,
+)
 from service.store.clock import read_clock
 from service.store.engine import Database
 from service.store.ids import new_job_id
 
 
-class SqlStore(JobStore, SchedulerStore):
+class SqlStore(JobStore, SchedulerStore, UploadStore):
     """The job database; safe to share between threads. ``migrate`` makes its tables.
 
     Args:
@@ -75,9 +101,45 @@ class SqlStore(JobStore, SchedulerStore):
             return jobs.list_page(connection, statuses=statuses, name=name, labels=labels, limit=limit, cursor=cursor)
 
     @override
-    def request_cancel(self, job_id: str) -> Job:
-        with self._database.writing() as connection, jobs.locked_job(connection, job_id) as locked:
-            return jobs.request_cancel(locked, read_clock(connection))
+    def replayed(self, key: IdempotencyKey) -> Job | None:
+        with self._database.reading() as connection:
+            job_id = idempotency.find_response(connection, key)
+            return None if job_id is None else jobs.get_job(connection, job_id)
+
+    @override
+    def request_cancel(self, job_id: str, *, key: IdempotencyKey | None = None) -> Job:
+        return self._wish(job_id, key, lambda connection, locked, now: wishes.request_cancel(locked, now))
+
+    @override
+    def request_pause(self, job_id: str, *, key: IdempotencyKey | None = None) -> Job:
+        return self._wish(job_id, key, lambda connection, locked, now: wishes.request_pause(locked, now))
+
+    @override
+    def resume(self, job_id: str, *, key: IdempotencyKey | None = None) -> Job:
+        return self._wish(job_id, key, lambda connection, locked, now: wishes.resume(locked, now))
+
+    @override
+    def request_resize(self, job_id: str, workers: int, *, key: IdempotencyKey | None = None) -> Job:
+        def resize(connection: Connection, locked: jobs.LockedJob, now: datetime) -> None:
+            wishes.request_resize(locked, workers, attempts.live_world_size(connection, locked), now)
+
+        return self._wish(job_id, key, resize)
+
+    @override
+    def fork(self, spec: JobSpec, origin: Origin, *, key: IdempotencyKey | None = None) -> tuple[Job, bool]:
+        job_id = new_job_id()
+        # The parent's lock: its checkpoint is not retired in between.
+        with self._database.writing() as connection, jobs.locked_job(connection, origin.job_id) as parent:
+            now = read_clock(connection)
+            if key is not None:
+                earlier_id = idempotency.claim_key(connection, key, job_id, now)
+                if earlier_id is not None:
+                    return jobs.get_job(connection, earlier_id), False
+            listed = checkpoints.list_checkpoints(connection, origin.job_id, parent.number)
+            if (origin.attempt, origin.step) not in {(one.attempt, one.step) for one in listed}:
+                raise NotFound(f"The checkpoint of step {origin.step} of job {origin.job_id} was removed meanwhile.")
+            parent.add_event("forked", f"Forked at step {origin.step}.", time=now, data={"job_id": job_id})
+            return jobs.insert_job(connection, job_id, spec, now, origin=origin), True
 
     @override
     def attempts(self, job_id: str) -> tuple[Attempt, ...]:
@@ -109,6 +171,21 @@ class SqlStore(JobStore, SchedulerStore):
     def cluster(self) -> ClusterSnapshot:
         with self._database.reading() as connection:
             return cluster.read_snapshot(connection)
+
+    @override
+    def add_upload(self, new: NewUpload) -> tuple[Upload, bool]:
+        with self._database.writing() as connection:
+            return uploads.add_upload(connection, new, read_clock(connection))
+
+    @override
+    def find_upload(self, kind: UploadKind, sha256: str) -> Upload | None:
+        with self._database.reading() as connection:
+            return uploads.find_upload(connection, kind, sha256)
+
+    @override
+    def list_uploads(self, kind: UploadKind, *, limit: int) -> tuple[Upload, ...]:
+        with self._database.reading() as connection:
+            return uploads.list_uploads(connection, kind, limit)
 
     @override
     def ping(self) -> None:
@@ -147,6 +224,13 @@ class SqlStore(JobStore, SchedulerStore):
             return attempts.create_attempt(connection, locked, node_ids, read_clock(connection))
 
     @override
+    def mark_resizing(self, lease: Lease, job_id: str, number: int, *, node_ids: Sequence[str], message: str) -> None:
+        with self._leading(lease) as connection, jobs.locked_job(connection, job_id) as locked:
+            attempt = attempts.current_attempt(connection, locked, number)
+            now = read_clock(connection)
+            attempts.mark_resizing(connection, locked, attempt, node_ids=node_ids, message=message, time=now)
+
+    @override
     def set_message(self, lease: Lease, job_id: str, message: str) -> None:
         with self._leading(lease) as connection:
             jobs.set_message(connection, job_id, message)
@@ -165,21 +249,70 @@ class SqlStore(JobStore, SchedulerStore):
 
     @override
     def seal_attempt(
-        self, lease: Lease, job_id: str, number: int, *, outcome: Outcome, reason: Reason, failure: Failure | None
+        self,
+        lease: Lease,
+        job_id: str,
+        number: int,
+        *,
+        outcome: Outcome,
+        reason: Reason,
+        failure: Failure | None,
+        next_node_ids: Sequence[str] | None = None,
     ) -> Job:
         with self._leading(lease) as connection, jobs.locked_job(connection, job_id) as locked:
-            now = read_clock(connection)
-            attempts.seal_attempt(connection, locked, number, outcome=outcome, reason=reason, failure=failure, time=now)
+            attempts.seal_attempt(
+                connection,
+                locked,
+                number,
+                outcome=outcome,
+                reason=reason,
+                failure=failure,
+                next_node_ids=next_node_ids,
+                time=read_clock(connection),
+            )
             return locked.job
 
     @override
     def resumable_checkpoints(self, job_id: str) -> tuple[Checkpoint, ...]:
-        return self.checkpoints(job_id)[::-1]
+        with self._database.reading() as connection:
+            job = jobs.get_job(connection, job_id)
+            return checkpoints.list_resumable(connection, job, jobs.find_number(connection, job_id))
+
+    @override
+    def pinned_checkpoints(self, job_id: str) -> frozenset[tuple[int, int]]:
+        with self._database.reading() as connection:
+            return checkpoints.list_pinned(connection, job_id)
+
+    @override
+    def retire_checkpoint(self, lease: Lease, job_id: str, attempt: int, step: int) -> bool:
+        # The job's lock: no fork comes in between.
+        with self._leading(lease) as connection, jobs.locked_job(connection, job_id) as locked:
+            if (attempt, step) in checkpoints.list_pinned(connection, job_id):
+                return False
+            checkpoints.retire(connection, locked.number, attempt, step)
+            return True
+
+    @override
+    def removable_checkpoints(self, job_id: str) -> tuple[Checkpoint, ...]:
+        with self._database.reading() as connection:
+            return checkpoints.list_removable(connection, job_id, jobs.find_number(connection, job_id))
 
     @override
     def forget_checkpoint(self, lease: Lease, job_id: str, attempt: int, step: int) -> None:
         with self._leading(lease) as connection:
             checkpoints.forget(connection, jobs.find_number(connection, job_id), attempt, step)
+
+    def _wish(
+        self,
+        job_id: str,
+        key: IdempotencyKey | None,
+        effect: Callable[[Connection, jobs.LockedJob, datetime], None],
+    ) -> Job:
+        with self._database.writing() as connection, jobs.locked_job(connection, job_id) as locked:
+            now = read_clock(connection)
+            if key is None or idempotency.claim_key(connection, key, job_id, now) is None:
+                effect(connection, locked, now)
+            return locked.job
 
     @contextmanager
     def _leading(self, lease: Lease) -> Iterator[Connection]:

@@ -43,10 +43,18 @@ jobs = sa.Table(
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("started_at", UtcDateTime),
     sa.Column("ended_at", UtcDateTime),
+    sa.Column("pause_requested", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("workers_wanted", sa.Integer),
+    sa.Column("resize_requested", sa.Boolean, nullable=False, server_default=sa.false()),
+    # The checkpoint that a fork begins at.
+    sa.Column("origin_job_id", sa.String(40)),
+    sa.Column("origin_attempt", sa.Integer),
+    sa.Column("origin_step", sa.BigInteger),
     sqlite_autoincrement=True,
 )
 sa.Index("ix_jobs_status", jobs.c.status, jobs.c.number)
 sa.Index("ix_jobs_name", jobs.c.name, jobs.c.number)
+_partial_index("ix_jobs_origin", jobs.c.origin_job_id, where="origin_job_id IS NOT NULL")
 _partial_index("ix_jobs_queue", jobs.c.status, jobs.c.priority.desc(), jobs.c.number, where="status = 'queued'")
 
 job_labels = sa.Table(
@@ -78,6 +86,8 @@ attempts = sa.Table(
     # Of the last record taken in: the last proof that it was alive.
     sa.Column("reported_at", UtcDateTime),
     sa.Column("ended_at", UtcDateTime),
+    # Where the next attempt goes, if this one was asked to stop to be resized.
+    sa.Column("target_node_ids", Json),
 )
 _partial_index("ix_attempts_live", attempts.c.job_number, attempts.c.number, where="status != 'sealed'")
 
@@ -139,6 +149,19 @@ idempotency_keys = sa.Table(
     sa.Column("response", sa.Text, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
 )
+
+uploads = sa.Table(
+    "uploads",
+    metadata,
+    sa.Column("kind", sa.String(16), primary_key=True),
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.Column("name", PlainText, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("entries", sa.Integer),
+    sa.Column("owner", PlainText, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+)
+sa.Index("ix_uploads_latest", uploads.c.kind, uploads.c.created_at)
 
 leases = sa.Table(
     "leases",

@@ -1,11 +1,13 @@
 """Dropout whose masks belong to the normalization batch, so that no split of it over ranks changes them."""
 
 import hashlib
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -58,9 +60,10 @@ class DropoutContext:
         """Notice random numbers that something else than these layers draws; what is yielded says whether any were."""
         self._is_watching, self._saw_foreign = True, False
         self._untouched = _fingerprint()
+        others = _other_generators()
 
         def saw_any() -> bool:
-            return self._saw_foreign or self._untouched != _fingerprint()
+            return self._saw_foreign or self._untouched != _fingerprint() or others != _other_generators()
 
         try:
             yield saw_any
@@ -208,3 +211,12 @@ _SHARED: Mapping[type[nn.Module], type[_Shared]] = MappingProxyType(
 
 def _fingerprint() -> bytes:
     return hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=16).digest()
+
+
+def _other_generators() -> tuple[object, ...]:
+    """Return the state of the shared generators that no layer here draws from."""
+    _, numbers, *rest = np.random.get_state()
+    of_device = b""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        of_device = torch.cuda.get_rng_state().numpy().tobytes()
+    return random.getstate(), np.asarray(numbers).tobytes(), tuple(rest), of_device

@@ -1,6 +1,7 @@
 """The first steps of a job on two world sizes, compared."""
 
 import logging
+import math
 
 import torch
 
@@ -14,6 +15,10 @@ from service.training.world import World
 TOLERANCE = 1e-9
 """Of the weights after the rehearsal, relative to the largest of their tensor, in float64: summation order alone makes
 1e-13 in a few steps, a batch norm that sees another batch at least 1e-3."""
+
+SMALLEST = 1e-6
+"""A tensor without a value beyond it counts as zero: a bias that began at zero and that a batch norm follows holds
+nothing but rounding, 1e-18, of which no two worlds agree on a digit."""
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +88,7 @@ def _difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
     largest = 0.0
     for name, value in first.items():
         if value.is_floating_point() and value.numel():
-            scale = max(float(value.abs().max()), 1e-30)
-            largest = max(largest, float((value - second[name]).abs().max()) / scale)
+            scale = max(float(value.abs().max()), SMALLEST)
+            difference = float((value - second[name]).abs().max()) / scale
+            largest = max(largest, math.inf if math.isnan(difference) else difference)
     return largest

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -115,7 +116,12 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go to where a checkpoint was taken."""
         self.model.load_state_dict(checkpoint.model)
+        settings = [
+            {name: value for name, value in group.items() if name != "params"} for group in self._parameter_groups()
+        ]
         self._optimizer.load_state_dict(checkpoint.optimizer)
+        for group, own in zip(self._parameter_groups(), settings, strict=True):
+            group.update(own)  # a fork may have other ones than the job that wrote them down
         for name, part in self._stateful.items():
             if name in checkpoint.state:
                 part.load_state_dict(checkpoint.state[name])
@@ -271,7 +277,7 @@ class Trainer:
     def _take_step(self, learning_rate: float, norm: torch.Tensor) -> None:
         if self._spec.gradient_clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._spec.gradient_clip_norm, norm)
-        for group in self._optimizer.param_groups:
+        for group in self._parameter_groups():
             group["lr"] = learning_rate
         self._optimizer.step()
         if self._ema is not None:
@@ -295,6 +301,9 @@ class Trainer:
             for _, buffer, value in before:
                 buffer.copy_(value)
         return not all(used)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
 
     def _gradients(self) -> list[torch.Tensor]:
         return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]

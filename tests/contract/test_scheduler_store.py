@@ -87,6 +87,8 @@ def test_every_write_needs_a_current_lease(store):
             lambda lease=lease: store.ingest(lease, job.id, 1, records(loss(2), first=5)),
             lambda lease=lease: store.mark_stopping(lease, job.id, 1, Reason.CANCEL_REQUESTED),
             lambda lease=lease: seal(store, lease, job),
+            lambda lease=lease: store.mark_resizing(lease, job.id, 1, node_ids=["n"], message=""),
+            lambda lease=lease: store.retire_checkpoint(lease, job.id, 1, 1),
             lambda lease=lease: store.forget_checkpoint(lease, job.id, 1, 1),
         ):
             with pytest.raises(LeaseLost, match="scheduler-1"):
@@ -261,6 +263,8 @@ def test_only_the_current_attempt_is_taken_from(store):
             store.ingest(lease, job.id, number, records(loss(9), first=4))
         with pytest.raises(StaleWrite):
             store.mark_stopping(lease, job.id, number, Reason.CANCEL_REQUESTED)
+        with pytest.raises(StaleWrite):
+            store.mark_resizing(lease, job.id, number, node_ids=["n"], message="")
     assert (store.get(job.id), store.feed(job.id), store.attempts(job.id)) == before
 
 

@@ -1,24 +1,19 @@
 """Checkpoints and their files."""
 
-from collections.abc import Iterator
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Path, Response
-from starlette.responses import StreamingResponse
+from fastapi import APIRouter, Path, Response
 
+from service.api.files import FILE_RESPONSES, WantedPart, file_response
 from service.api.parts import AppParts, JobId
-from service.api.problems import RANGE_NOT_SATISFIABLE, Refused
-from service.api.ranges import ByteRange, Unsatisfiable, etag_of, matches, parse_range
 from service.api.schemas import MAX_STEP, CheckpointList
-from service.domain.errors import CorruptCheckpoint, NotFound, StorageError
+from service.domain.errors import CorruptCheckpoint, NotFound
 from service.domain.job import Checkpoint
 from service.domain.ports import JobStore, RunFiles
 
-CHUNK_BYTES = 2**20
 MANIFEST = "manifest.json"
 
 router = APIRouter(prefix="/jobs/{job_id}/checkpoints", tags=["checkpoints"])
-_BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
 
 @router.get("")
@@ -27,46 +22,19 @@ def list_checkpoints(job_id: JobId, parts: AppParts) -> CheckpointList:
     return CheckpointList(checkpoints=parts.store.checkpoints(job_id))
 
 
-@router.get(
-    "/{step}/files/{name}",
-    response_class=Response,
-    responses={
-        200: {"description": "the file", "content": _BINARY},
-        206: {"description": "the range asked for", "content": _BINARY},
-        304: {"description": "the client has it already"},
-    },
-)
+@router.get("/{step}/files/{name}", response_class=Response, responses=FILE_RESPONSES)
 def get_file(
-    job_id: JobId,
-    step: Annotated[int, Path(ge=0, le=MAX_STEP)],
-    name: str,
-    parts: AppParts,
-    range_header: Annotated[str | None, Header(alias="Range")] = None,
-    if_range: Annotated[str | None, Header(alias="If-Range")] = None,
-    if_none_match: Annotated[str | None, Header(alias="If-None-Match")] = None,
+    job_id: JobId, step: Annotated[int, Path(ge=0, le=MAX_STEP)], name: str, parts: AppParts, wanted: WantedPart
 ) -> Response:
     """Send a file of a checkpoint, or a range of it. Its entity tag is the SHA-256 of its content."""
     checkpoint = _checkpoint(parts.store, job_id, step)
     path, size_bytes, sha256 = _file(parts.files, checkpoint, name)
-    etag = etag_of(sha256)
-    headers = {"ETag": etag, "Accept-Ranges": "bytes"}
-    if matches(if_none_match, etag):
-        return Response(status_code=304, headers=headers)
-    try:
-        part = parse_range(range_header if if_range in (None, etag) else None, size_bytes)
-    except Unsatisfiable:
-        raise Refused(
-            RANGE_NOT_SATISFIABLE,
-            f"{name} has {size_bytes} bytes.",
-            headers={**headers, "Content-Range": f"bytes */{size_bytes}"},
-        ) from None
-    if part is not None:
-        headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{size_bytes}"
-    sent = part or ByteRange(start=0, stop=size_bytes)
-    return StreamingResponse(
-        _chunks(parts.files, path, sent),
-        status_code=200 if part is None else 206,
-        headers={**headers, "Content-Length": str(len(sent)), "X-Content-Type-Options": "nosniff"},
+    return file_response(
+        parts.files,
+        path,
+        size_bytes=size_bytes,
+        sha256=sha256,
+        wanted=wanted,
         media_type="application/json" if name.endswith(".json") else "application/octet-stream",
     )
 
@@ -95,12 +63,3 @@ def _file(files: RunFiles, checkpoint: Checkpoint, name: str) -> tuple[str, int,
     if name == MANIFEST:
         return path, files.size(path), checkpoint.manifest_sha256
     raise NotFound(f"The checkpoint has no file {name!r}. It has: {', '.join([*known, MANIFEST])}.")
-
-
-def _chunks(files: RunFiles, path: str, part: ByteRange) -> Iterator[bytes]:
-    for start in range(part.start, part.stop, CHUNK_BYTES):
-        stop = min(start + CHUNK_BYTES, part.stop)
-        chunk = files.read(path, start, stop)
-        if len(chunk) != stop - start:
-            raise StorageError(f"{path} ended at byte {start + len(chunk)} while it was being sent.")
-        yield chunk

@@ -1,7 +1,7 @@
-"""Jobs: submit, list, look at, cancel."""
+"""Jobs: submit, list, look at."""
 
 import logging
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 
@@ -10,10 +10,11 @@ from service.api.fit import fit_problem
 from service.api.idempotency import OWNER, REPLAYED_HEADER, RequestKey
 from service.api.parts import AppParts, JobId, Parts
 from service.api.schemas import JobList, JobQuery
+from service.api.uploads import check_uploads
 from service.domain.errors import InvalidSpec
 from service.domain.job import Job
 from service.domain.ports import IdempotencyKey
-from service.domain.spec import parse_spec
+from service.domain.spec import JobSpec, parse_spec
 
 logger = logging.getLogger(__name__)
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -26,22 +27,22 @@ SPEC_BODY = {
 }
 
 
-@router.post(
-    "",
-    status_code=201,
-    openapi_extra=SPEC_BODY,
-    responses={201: {"headers": {"Location": {"description": "path of the job", "schema": {"type": "string"}}}}},
-)
+CREATED: dict[int | str, dict[str, Any]] = {
+    201: {"headers": {"Location": {"description": "path of the job", "schema": {"type": "string"}}}}
+}
+
+
+@router.post("", status_code=201, openapi_extra=SPEC_BODY, responses=CREATED)
 def submit_job(document: RequestDocument, key: RequestKey, parts: AppParts, response: Response) -> Job:
     """Submit a job. Once this is answered, no crash loses it."""
     spec = parse_spec(document.data)
-    if parts.capacity is not None and (problem := fit_problem(spec, parts.capacity)) is not None:
-        raise InvalidSpec("The cluster will never be able to run this job.", (problem,))
+    check_uploads(spec, parts.uploads.rows)
+    refuse_unfit(spec, parts)
     named = key and IdempotencyKey(owner=OWNER, route="POST /v1/jobs", key=key, body_sha256=document.sha256)
     job, created = parts.store.submit(spec, key=named or None)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     if created:
-        _nudge(parts)
+        nudge(parts)
     else:
         response.headers[REPLAYED_HEADER] = "true"
     return job
@@ -67,18 +68,14 @@ def get_job(job_id: JobId, parts: AppParts) -> Job:
     return parts.store.get(job_id)
 
 
-@router.post("/{job_id}/cancel", status_code=202)
-def cancel_job(job_id: JobId, key: RequestKey, parts: AppParts) -> Job:
-    """Cancel a job that is queued at once; ask for a checkpoint and an end of one that runs.
-
-    Asking again changes nothing, with or without a key.
-    """
-    job = parts.store.request_cancel(job_id)
-    _nudge(parts)
-    return job
+def refuse_unfit(spec: JobSpec, parts: Parts) -> None:
+    """Turn a job away that the cluster will never be able to run. Raises ``InvalidSpec``."""
+    if parts.capacity is not None and (problem := fit_problem(spec, parts.capacity)) is not None:
+        raise InvalidSpec("The cluster will never be able to run this job.", (problem,))
 
 
-def _nudge(parts: Parts) -> None:
+def nudge(parts: Parts) -> None:
+    """Tell the scheduler that there is something new."""
     try:
         parts.nudge()
     except OSError:

@@ -38,7 +38,7 @@ def get_log(job_id: JobId, query: Annotated[LogQuery, Query()], parts: AppParts)
     attempt = job.attempt if query.attempt is None else query.attempt
     if attempt > job.attempt:
         raise NotFound(f"Job {job.id} has had {job.attempt} attempt(s); there is no attempt {attempt}.")
-    if query.rank >= job.spec.workers:
+    if query.rank >= job.spec.workers.max:
         raise NotFound(f"Job {job.id} has {job.spec.workers} rank(s), from 0; there is no rank {query.rank}.")
 
     # Whether it has ended is known from before the read: what is read then is all there will be.
@@ -71,4 +71,5 @@ def _last_lines(files: RunFiles, job_id: str, attempt: int, query: LogQuery, siz
 
 
 def _has_ended(job: Job, attempt: int) -> bool:
-    return attempt < job.attempt or job.status.is_terminal or (attempt > 0 and job.status is JobStatus.QUEUED)
+    waits = job.status in (JobStatus.QUEUED, JobStatus.PAUSED)
+    return attempt < job.attempt or job.status.is_terminal or (attempt > 0 and waits)

@@ -6,8 +6,12 @@ from service.api.body import RequestDocument
 from service.api.fit import fit_problem
 from service.api.parts import AppParts, Parts
 from service.api.routes.jobs import SPEC_BODY
-from service.api.schemas import Amount, Plan
+from service.api.schemas import Amount, Plan, WorldPlan
+from service.api.uploads import check_uploads
+from service.domain.elasticity import exact_worlds
 from service.domain.spec import JobSpec, parse_spec
+
+MAX_WORLDS = 64
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
@@ -16,7 +20,9 @@ router = APIRouter(prefix="/jobs", tags=["jobs"])
 def plan_job(document: RequestDocument, parts: AppParts) -> Plan:
     """Check a job and say how it would run; starts and stores nothing."""
     spec = parse_spec(document.data)
-    batch = spec.batch_plan()
+    check_uploads(spec, parts.uploads.rows)
+    plans = [spec.batch_plan(world_size) for world_size in exact_worlds(spec)[:MAX_WORLDS]]
+    batch = plans[0]
     fits, reason = _fit(spec, parts)
     return Plan(
         spec=spec,
@@ -24,7 +30,16 @@ def plan_job(document: RequestDocument, parts: AppParts) -> Plan:
         samples_per_rank=list(batch.counts),
         num_micro_steps=batch.num_micro_steps,
         num_steps=spec.num_steps,
-        resources=Amount.of(spec.resources_per_rank.times(spec.workers)),
+        worlds=[
+            WorldPlan(
+                world_size=plan.world_size,
+                samples_per_rank=list(plan.counts),
+                num_micro_steps=plan.num_micro_steps,
+                groups=plan.num_groups,
+            )
+            for plan in plans
+        ],
+        resources=Amount.of(spec.resources_per_rank.times(batch.world_size)),
         fits=fits,
         reason=reason,
     )

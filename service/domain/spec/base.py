@@ -1,13 +1,12 @@
 """What all parts of a specification have in common."""
 
-import re
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 from pydantic_core import PydanticCustomError
 
 # A metric's name, such as eval/accuracy.
-MetricName = Annotated[str, StringConstraints(pattern=re.compile(r"^[a-z0-9_]+(/[A-Za-z0-9_.@-]+)+$"), max_length=200)]
+MetricName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+(/[A-Za-z0-9_.@-]+)+$", max_length=200)]
 
 
 class SpecModel(BaseModel):

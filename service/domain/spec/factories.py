@@ -71,7 +71,9 @@ class AugmentationSpec(SpecModel):
     """A random change of each training sample; drawn from (seed, epoch, sample), so the same whoever draws it."""
 
     name: Annotated[str | None, Field(description="a builtin one; or give factory")] = None
-    factory: Annotated[CodeReference | None, Field(description="called with args; returns function(sample, generator)")] = None
+    factory: Annotated[
+        CodeReference | None, Field(description="called with args; returns function(sample, generator)")
+    ] = None
     args: FactoryArgs = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import re
-from typing import Annotated, Literal, Self
+from itertools import islice
+from typing import Annotated, Literal, Self, TypedDict
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.domain import catalog
-from service.domain.batch_plan import BatchPlan, MemoryHint, NoPlan, plan_batch
+from service.domain.batch_plan import MAX_WORLD_SIZE, BatchPlan, MemoryHint, NoPlan, has_plan, plan_batch
 from service.domain.placement import Resources
 from service.domain.spec.base import SpecModel, problem
 from service.domain.spec.batch import BatchSpec, Workers
@@ -41,6 +42,15 @@ def _check_labels(labels: dict[str, str]) -> dict[str, str]:
                 {"key": repr(key)},
             )
     return labels
+
+
+class _Batch(TypedDict):
+    """What ``plan_batch`` takes of a specification."""
+
+    size: int
+    normalization_size: int
+    max_per_rank: int | None
+    memory: MemoryHint | None
 
 
 class JobSpec(SpecModel):
@@ -109,14 +119,15 @@ class JobSpec(SpecModel):
         if samples is not None and samples < self.batch.size:
             raise problem(
                 "batch.size",
-                f"{self.batch.size} is more than the {samples} training samples of {self.dataset.factory}.",
+                f"{self.batch.size} is more than the {samples} training samples of {self.dataset.factory}. "
+                "Use at most so many.",
             )
         self._check_workers()
         num_steps = self.num_steps
         if num_steps is not None and self.schedule.warmup_steps > num_steps:
             raise problem(
                 "schedule.warmup_steps",
-                f"{self.schedule.warmup_steps} is more than the {num_steps} steps of the job.",
+                f"{self.schedule.warmup_steps} is more than the {num_steps} steps of the job. Use at most so many.",
             )
         return self
 
@@ -130,7 +141,7 @@ class JobSpec(SpecModel):
                 "early_stopping.metric", "nothing is evaluated before the last step. Set evaluation.every_steps."
             )
         if len(set(self.export)) < len(self.export):
-            raise problem("export", "names a format twice.")
+            raise problem("export", "names a format twice. Name each once.")
         return self
 
     def _check_workers(self) -> None:
@@ -144,15 +155,24 @@ class JobSpec(SpecModel):
                 self.tail_plan(self.workers.max)
         except NoPlan as error:
             raise problem(error.field, error.message) from None
+        samples = catalog.num_training_samples(self.dataset.factory, self.dataset.args)
+        if self.workers.is_elastic and not self.batch.drop_last and samples is None:
+            raise problem(
+                "batch.drop_last",
+                "how many samples the last mini-batch of an epoch holds, and so which numbers of workers can share it, "
+                "is only known once the dataset is read. Set drop_last: true, or one number of workers.",
+            )
         rehearsal = self.exactness.rehearse
         for world_size in rehearsal.worlds if rehearsal is not None else ():
             if world_size > self.workers.min:
                 raise problem(
                     "exactness.rehearse.worlds",
-                    f"{world_size} is more than the {self.workers.min} workers that there are at least.",
+                    f"{world_size} is more than the {self.workers.min} workers that there are at least. "
+                    "Use at most so many.",
                 )
             try:
                 self.batch_plan(world_size)
+                self.tail_plan(world_size)
             except NoPlan as error:
                 raise problem("exactness.rehearse.worlds", error.message) from None
 
@@ -181,7 +201,7 @@ class JobSpec(SpecModel):
         Raises:
             NoPlan: that world cannot compute them exactly.
         """
-        return self._plan(self.batch.size, world_size)
+        return plan_batch(**self._batch_of(self.batch.size), world_size=world_size)
 
     def tail_plan(self, world_size: int, num_samples: int | None = None) -> BatchPlan | None:
         """Return how an epoch's last, partial mini-batch is spread; None where there is none, or it is left out.
@@ -193,18 +213,20 @@ class JobSpec(SpecModel):
         Raises:
             NoPlan: that world cannot compute it exactly.
         """
-        if num_samples is None:
-            num_samples = catalog.num_training_samples(self.dataset.factory, self.dataset.args)
-        tail = 0 if num_samples is None or self.batch.drop_last else num_samples % self.batch.size
+        tail = self._tail_size(num_samples)
         if not tail:
             return None
         try:
-            return self._plan(tail, world_size)
+            return plan_batch(**self._batch_of(tail), world_size=world_size)
         except NoPlan as error:
-            message = (
-                f"the last mini-batch of an epoch holds {tail} samples: {error.message} Or set batch.drop_last: true."
-            )
-            raise NoPlan(error.field, message) from None
+            near = sorted(range(1, min(tail, MAX_WORLD_SIZE) + 1), key=lambda world: abs(world - world_size))
+            fitting = (world for world in near if self._has_plan(world, num_samples))
+            others = [f", or use {world} worker(s)" for world in islice(fitting, 1)]
+            raise NoPlan(
+                error.field,
+                f"the last mini-batch of an epoch holds {tail} samples: {error.reason}",
+                f"Set batch.drop_last: true{''.join(others)}.",
+            ) from None
 
     def exact_worlds(self, limit: int | None = None) -> tuple[int, ...]:
         """Return the numbers of workers that compute this job exactly, of those it asks for, largest first.
@@ -234,19 +256,22 @@ class JobSpec(SpecModel):
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
-    def _plan(self, size: int, world_size: int) -> BatchPlan:
-        return plan_batch(
+    def _batch_of(self, size: int) -> _Batch:
+        return _Batch(
             size=size,
             normalization_size=min(size, self.batch.samples_normalized_together),
             max_per_rank=self.batch.max_per_rank,
             memory=self.memory_hint,
-            world_size=world_size,
         )
 
-    def _has_plan(self, world_size: int) -> bool:
-        try:
-            self.batch_plan(world_size)
-            self.tail_plan(world_size)
-        except NoPlan:
-            return False
-        return True
+    def _tail_size(self, num_samples: int | None = None) -> int:
+        """Return the samples of an epoch's last, partial mini-batch; 0 where there is none, or none is known of."""
+        if self.batch.drop_last:
+            return 0
+        if num_samples is None:
+            num_samples = catalog.num_training_samples(self.dataset.factory, self.dataset.args)
+        return 0 if num_samples is None else num_samples % self.batch.size
+
+    def _has_plan(self, world_size: int, num_samples: int | None = None) -> bool:
+        sizes = [size for size in (self.batch.size, self._tail_size(num_samples)) if size]
+        return all(has_plan(**self._batch_of(size), world_size=world_size) for size in sizes)

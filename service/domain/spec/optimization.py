@@ -73,9 +73,12 @@ class ScheduleSpec(SpecModel):
     @model_validator(mode="after")
     def _milestones_belong_to_step(self) -> Self:
         if (self.name == "step") != bool(self.milestones):
-            raise problem("milestones", "name: step needs some, and no other schedule has any.")
+            raise problem(
+                "milestones",
+                "name: step needs some, and no other schedule has any. Add or remove them, or choose another name.",
+            )
         if list(self.milestones) != sorted(set(self.milestones)):
-            raise problem("milestones", "must grow from one to the next.")
+            raise problem("milestones", "have to grow from one to the next. Sort them, and name each once.")
         return self
 
 

@@ -3,6 +3,7 @@
 It never ends by itself when the channel closes, so that whatever ends it is the forkserver or the kernel.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -10,6 +11,9 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from service.domain.rank_protocol import RankTask
+from service.training.code import bring_code
 
 
 def main(task_json: str, channel_fd: int) -> int:
@@ -54,6 +58,12 @@ def spawn(*, task_json):
     return subprocess.Popen(["sleep", "1000"]).pid
 
 
+def bring(*, task_json, module, function):
+    """Bring the task's code as a rank does, and call a function of it."""
+    bring_code(RankTask.model_validate_json(task_json))
+    return getattr(importlib.import_module(module), function)()
+
+
 def linger(*, task_json, fifo):
     """Keep a member in this process's group that cannot be buried until somebody opens the FIFO for writing.
 
@@ -96,5 +106,5 @@ def leave(*, task_json, status):
     sys.exit(status)
 
 
-ORDERS = {"describe": describe, "say": say, "spawn": spawn, "linger": linger, "meet": meet}
+ORDERS = {"describe": describe, "say": say, "spawn": spawn, "bring": bring, "linger": linger, "meet": meet}
 ORDERS |= {"die": die, "fail": fail, "leave": leave}

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.domain.errors import StaleWrite, Unavailable
-from service.domain.job import JobStatus, Outcome, Reason
+from service.domain.errors import NotFound, StaleWrite, Unavailable
+from service.domain.job import JobStatus, Origin, Outcome, Reason
 from service.store import SqlStore
 from service.store.engine import create_engine
-from tests.contract.store_examples import lead, loss, make_key, make_spec, records, run
+from tests.contract.store_examples import checkpoint, lead, loss, make_key, make_spec, records, run
 
 
 def at_once(num_threads, call):
@@ -69,6 +69,47 @@ def test_cancelling_and_starting_at_once_have_one_winner(store):
             assert job.status is JobStatus.CANCELLED
         else:
             assert (job.status, job.cancel_requested) == (JobStatus.STARTING, True)
+
+
+def test_a_checkpoint_is_forked_from_or_retired_and_not_both(database_url, store):
+    lease = lead(store)
+    other = SqlStore(database_url)
+    for _ in range(10):
+        parent = run(store, lease, checkpoint(1), checkpoint(2))
+        origin = Origin(job_id=parent.id, attempt=1, step=1)
+
+        def fork(origin=origin):
+            try:
+                return store.fork(make_spec(), origin)[0]
+            except NotFound:
+                return None
+
+        calls = (fork, lambda parent=parent: other.retire_checkpoint(lease, parent.id, 1, 1))
+        forked, is_retired = at_once(2, lambda place, calls=calls: calls[place]())
+        assert (forked is None) == is_retired
+        assert [one.step for one in store.removable_checkpoints(parent.id)] == ([1] if is_retired else [])
+        if forked is not None:
+            assert [one.step for one in store.resumable_checkpoints(forked.id)] == [1]
+    other.close()
+
+
+def test_an_attempt_is_resized_or_its_job_cancelled_and_either_way_nothing_runs_unseen(store):
+    lease = lead(store)
+    for _ in range(10):
+        job = run(store, lease)
+        store.mark_resizing(lease, job.id, 1, node_ids=["n"], message="")
+        calls = (
+            lambda job=job: store.request_cancel(job.id),
+            lambda job=job: store.seal_attempt(
+                lease, job.id, 1, outcome=Outcome.STOPPED, reason=Reason.RESIZED, failure=None, next_node_ids=["n"]
+            ),
+        )
+        at_once(2, lambda place, calls=calls: calls[place]())
+        after = store.get(job.id)
+        if after.status is JobStatus.CANCELLED:
+            assert len(store.attempts(job.id)) == 1
+        else:  # the new attempt is told
+            assert (after.status, after.attempt, after.cancel_requested) == (JobStatus.STARTING, 2, True)
 
 
 def test_a_follower_misses_nothing_of_what_several_write(store):

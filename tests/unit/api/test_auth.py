@@ -8,6 +8,7 @@ from starlette.routing import Route
 
 from service.api.app import create_app
 from service.api.auth import PUBLIC_PATHS
+from tests.fake_uploads import fake_uploads
 from tests.fakes import FakeJobStore, FakeRunFiles, FakeService
 
 
@@ -28,7 +29,7 @@ def test_every_route_but_health_refuses_a_request_without_a_token(service, api, 
     assert len(routes) >= 15
     for method, path in routes:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {service.token}"}):
-            url = path.format(job_id="job-1", step=1, name="x")
+            url = path.format(job_id="job-1", step=1, name="x", sha256="0" * 64)
             # Whatever the body is: it is not looked at before the token.
             content = b"{" if method == "POST" else None
             answer = stranger.request(method, url, headers=headers, content=content)
@@ -42,7 +43,7 @@ def test_every_route_but_health_refuses_a_request_without_a_token(service, api, 
 
 
 def test_openapi_lists_every_route_of_the_app():
-    app = create_app(store=FakeJobStore(), files=FakeRunFiles(), token="t")
+    app = create_app(store=FakeJobStore(), files=FakeRunFiles(), uploads=fake_uploads(), token="t")
     flat: list[Route] = []
     waiting = list(app.routes)
     while waiting:
@@ -71,7 +72,7 @@ def test_a_token_beyond_ascii_works(service, stranger):
 
 def test_an_app_without_a_token_is_not_built():
     with pytest.raises(ValueError, match="token"):
-        create_app(store=FakeJobStore(), files=FakeRunFiles(), token=" ")
+        create_app(store=FakeJobStore(), files=FakeRunFiles(), uploads=fake_uploads(), token=" ")
 
 
 def test_docs_pages_are_off(api):

@@ -26,6 +26,7 @@ SECTIONS: dict[str, tuple[type[BaseModel], str]] = {
     "Optimizer adamw": (spec.AdamWSpec, "optimizer."),
     "Schedule": (spec.ScheduleSpec, "schedule."),
     "Batch": (spec.BatchSpec, "batch."),
+    "Code": (spec.CodeSpec, "code."),
     "Norm": (spec.NormSpec, "norm."),
     "Resources": (spec.ResourcesSpec, "resources."),
     "Checkpoint": (spec.CheckpointSpec, "checkpoint."),
@@ -102,7 +103,7 @@ def test_factories_are_listed():
 
 def test_the_job_in_the_reference_is_one():
     (block,) = re.findall(r"```yaml\n(.*?)```", JOBS, re.DOTALL)
-    assert parse_spec(yaml.safe_load(block)).workers == 4
+    assert parse_spec(yaml.safe_load(block)).workers.max == 4
 
 
 def test_every_route_is_documented(api):

@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from service.api.body import parse_document
-from service.api.limits import MAX_BODY_BYTES, BodyLimit
+from service.api.limits import MAX_BODY_BYTES, Allowance, BodyLimit
 from service.api.problems import BODY_TOO_SLOW, Refused
 from service.domain.errors import InvalidSpec
 from service.domain.spec import JobSpec, parse_spec
@@ -126,12 +126,40 @@ def test_a_body_that_does_not_end_is_given_up():
 
     async def main() -> float:
         started = time.monotonic()
+        limited = BodyLimit(app, usual=Allowance(deadline_s=0.1))
         with pytest.raises(Refused) as caught:
-            await BodyLimit(app, deadline_s=0.1)({"type": "http", "headers": [], "path": "/"}, receive, None)
+            await limited({"type": "http", "headers": [], "path": "/"}, receive, None)
         assert caught.value.problem is BODY_TOO_SLOW
         return time.monotonic() - started
 
     assert anyio.run(main) < 2
+
+
+def test_an_upload_may_take_its_time_as_long_as_it_goes_on_arriving():
+    async def app(scope, receive, send):
+        while (await receive())["more_body"]:
+            pass
+
+    def pieces(pauses_s):
+        left = list(pauses_s)
+
+        async def receive():
+            await anyio.sleep(left.pop(0))
+            return {"type": "http.request", "body": b" ", "more_body": bool(left)}
+
+        return receive
+
+    allowed = Allowance(deadline_s=30.0, silence_s=0.2)
+    limited = BodyLimit(app, usual=Allowance(deadline_s=0.01), exceptions={("POST", "/v1/bundles"): allowed})
+    scope = {"type": "http", "method": "POST", "headers": [], "path": "/v1/bundles"}
+
+    async def main() -> None:
+        await limited(scope, pieces([0.02] * 20), None)
+        with pytest.raises(Refused) as caught:
+            await limited(scope, pieces([0.02, 5.0]), None)
+        assert caught.value.problem is BODY_TOO_SLOW
+
+    anyio.run(main)
 
 
 def test_unknown_routes_and_methods_are_problems(api):

@@ -11,6 +11,7 @@ from service.domain.rank_protocol import Errored, Finished, Staged, Stepped
 from service.domain.spec import parse_spec
 from service.storage.manifest import write_manifest
 from service.storage.object_store import ObjectStore
+from tests.small_disk import small_disk
 
 
 class _Supervisor:
@@ -28,7 +29,7 @@ class _Supervisor:
 
 
 class _Rank:
-    def __init__(self, directory):
+    def __init__(self, directory, *, on_failure="continue"):
         spec = parse_spec(
             {
                 "name": "digits",
@@ -36,6 +37,7 @@ class _Rank:
                 "dataset": {"factory": "builtin:digits"},
                 "batch": {"size": 16},
                 "steps": 3,
+                "checkpoint": {"on_failure": on_failure},
             }
         )
         launch = Launch(
@@ -161,3 +163,53 @@ def test_what_the_process_met_itself_comes_first(rank):
     end = rank.end(exit_status=1)
     assert end.error == error
     assert end.step is None
+
+
+@pytest.fixture
+def strict_rank(tmp_path):
+    """Of a job that stops when a checkpoint cannot be stored."""
+    rank = _Rank(tmp_path, on_failure="stop")
+    yield rank
+    rank.theirs.close()
+    rank.ours.close()
+
+
+def test_a_job_that_stops_without_its_checkpoints_is_hung_up_on(strict_rank):
+    rank = strict_rank
+    rank.say(rank.stage(1, is_damaged=True))
+    rank.conversation._uploads[-1].result(timeout=30)
+    rank.theirs.sendall(Metrics.of(2, {}).model_dump_json().encode() + b"\n")
+    assert not rank.conversation.receive(rank.ours)
+    assert rank.theirs.recv(1) == b"", "the process hears that nobody listens"
+    end = rank.conversation.close(1)
+    assert (end.error.cause, end.error.error_type) == ("checkpoint", "CorruptCheckpoint")
+    assert "step 1 could not be stored" in end.error.message
+
+
+def test_a_job_that_has_finished_has_no_use_for_an_earlier_checkpoint(strict_rank):
+    rank = strict_rank
+    rank.say(rank.stage(1, is_damaged=True), rank.stage(3), Finished(step=3, stopped=False))
+    rank.theirs.close()
+    while rank.conversation.receive(rank.ours):
+        pass
+    assert rank.conversation.close(0).is_clean
+
+
+def test_full_run_storage_is_a_warning_and_gives_its_room_back(tmp_path):
+    with small_disk(tmp_path / "runs", 64 << 10) as disk:
+        rank = _Rank(tmp_path)
+        large, small = rank.stage(1), rank.stage(2)
+        weights = tmp_path / "staged-1" / "model.safetensors"
+        weights.write_bytes(bytes(100 << 10))
+        write_manifest(
+            weights.parent, job_id="job", attempt=1, step=1, spec_sha256="", world_size=2, metrics={}, versions={}
+        )
+        rank.say(large, small, Finished(step=3, stopped=False))
+        end = rank.end()
+        warning, written = rank.supervisor.reports
+        assert "step 1 could not be stored" in warning.message
+        assert written.step == 2
+        assert end.is_clean
+        assert [path.name for path in (disk / "jobs/job/attempts/1/checkpoints").iterdir()] == ["000000002"]
+        rank.theirs.close()
+        rank.ours.close()

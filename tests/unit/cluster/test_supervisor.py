@@ -3,18 +3,19 @@
 import asyncio
 import errno
 import threading
+from dataclasses import replace
 
 import pytest
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from service.cluster import supervisor as supervisor_module
 from service.cluster.supervisor import Supervisor
-from service.domain.errors import StorageError
-from service.domain.job import Outcome, Reason
-from service.domain.journal import Ended, Launched, Metrics, Running, Warned
+from service.domain.errors import StorageError, UserCodeRefused
+from service.domain.job import Checkpoint, Origin, Outcome, Reason
+from service.domain.journal import CheckpointQuarantined, Ended, Launched, Metrics, Running, Warned, utc_now
 from service.domain.ports import Launch
 from service.domain.rank_protocol import Stepped
-from service.domain.spec import parse_spec
+from service.domain.spec import CodeSpec, parse_spec
 from service.storage.journal_file import read_journal
 from service.storage.layout import launch_marker
 from service.storage.object_store import ObjectStore
@@ -129,6 +130,26 @@ def test_whatever_goes_wrong_there_is_a_last_record(supervisor, store, monkeypat
     assert str(error) in last.message
 
 
+@pytest.mark.parametrize("through_ray", [False, True])
+def test_code_that_cannot_be_used_fails_the_job_and_is_not_run_again(supervisor, store, monkeypatch, through_ray):
+    error = UserCodeRefused("The bundle's requirements.txt cannot be installed: no tiny.")
+    if through_ray:
+        error = RayTaskError("prepare", "Traceback of an actor", error).as_instanceof_cause()
+    monkeypatch.setattr(supervisor, "_run_gang", _gang(error))
+    asyncio.run(supervisor.run())
+    last = _reports(store)[-1]
+    assert (last.outcome, last.reason) == (Outcome.FAILED, Reason.USER_ERROR)
+    assert last.message == "The bundle's requirements.txt cannot be installed: no tiny."
+    assert (last.failure.error_type, last.failure.message) == ("UserCodeRefused", last.message)
+
+
+def test_a_job_that_brings_something_has_time_to_fetch_it(supervisor):
+    assert supervisor._start_timeout_s == supervisor._launch.start_timeout_s
+    spec = supervisor._launch.spec.model_copy(update={"code": CodeSpec(bundle="0" * 64)})
+    supervisor._launch = replace(supervisor._launch, spec=spec, prepare_timeout_s=7.0)
+    assert supervisor._start_timeout_s == supervisor._launch.start_timeout_s + 7.0
+
+
 def test_the_last_record_is_there_even_if_nothing_can_be_given_back(supervisor, store, monkeypatch):
     monkeypatch.setattr(supervisor, "_run_gang", _gang(DONE))
     monkeypatch.setattr(supervisor, "_release", _gang(RayError("Ray is gone")))
@@ -186,3 +207,23 @@ def test_no_thread_is_left(supervisor, monkeypatch):
     before = set(threading.enumerate())
     asyncio.run(supervisor.run())
     assert set(threading.enumerate()) == before
+
+
+def test_a_fork_whose_checkpoint_cannot_be_read_fails_and_does_not_begin_anew(supervisor, store):
+    origin = Origin(job_id="parent", attempt=1, step=20)
+    lost = Checkpoint(
+        job_id="parent",
+        attempt=1,
+        step=20,
+        path="jobs/parent/attempts/1/checkpoints/000000020",
+        manifest_sha256="0" * 64,
+        files=(),
+        metrics={},
+        created_at=utc_now(),
+    )
+    supervisor._launch = replace(supervisor._launch, forked_from=origin, checkpoints=(lost,))
+    asyncio.run(supervisor.run())
+    *_, quarantined, ended = _reports(store)
+    assert isinstance(quarantined, CheckpointQuarantined)
+    assert (ended.outcome, ended.reason) == (Outcome.FAILED, Reason.CHECKPOINT_FAILED)
+    assert "step 20 of job parent" in ended.message

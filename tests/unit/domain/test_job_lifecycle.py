@@ -11,10 +11,11 @@ from service.domain.retry import NextStep, after_attempt
 LIVE = (JobStatus.STARTING, JobStatus.RUNNING, JobStatus.STOPPING)
 
 
-def test_every_status_has_a_row_and_terminal_ones_have_no_way_out():
+def test_every_status_has_a_row_and_terminal_ones_are_left_only_by_resuming():
     assert set(TRANSITIONS) == set(JobStatus)
     for status in JobStatus:
-        assert status.is_terminal == (not TRANSITIONS[status])
+        assert status.is_terminal <= (TRANSITIONS[status] <= {JobStatus.QUEUED})
+    assert not TRANSITIONS[JobStatus.SUCCEEDED]
 
 
 def test_every_status_is_reached_from_queued():
@@ -35,7 +36,7 @@ def test_a_change_is_refused_unless_the_table_has_it(before, after):
         assert isinstance(caught.value, ServiceError)
 
 
-def _decide(outcome, reason, status=JobStatus.RUNNING, *, stop_reason=None, used=0, budget=3):
+def _decide(outcome, reason, status=JobStatus.RUNNING, *, stop_reason=None, used=0, budget=3, is_placed=False):
     return after_attempt(
         outcome=outcome,
         reason=reason,
@@ -43,6 +44,7 @@ def _decide(outcome, reason, status=JobStatus.RUNNING, *, stop_reason=None, used
         stop_reason=stop_reason,
         retries_used=used,
         retry_budget=budget,
+        is_placed=is_placed,
     )
 
 
@@ -84,6 +86,38 @@ def test_what_follows_an_attempt(outcome, reason, status, expected):
     assert (following.status, following.reason, following.costs_retry) == expected
 
 
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [
+        (Outcome.STOPPED, (JobStatus.PAUSED, Reason.PAUSED)),
+        # From the last checkpoint; being lost on the way costs nothing.
+        (Outcome.LOST, (JobStatus.PAUSED, Reason.PAUSED)),
+        (Outcome.SUCCEEDED, (JobStatus.SUCCEEDED, Reason.COMPLETED)),
+        # It would fail again when it is resumed: its owner should know now.
+        (Outcome.FAILED, (JobStatus.FAILED, Reason.USER_ERROR)),
+    ],
+)
+def test_what_becomes_of_a_job_that_was_asked_to_pause(outcome, expected):
+    reason = {Outcome.SUCCEEDED: Reason.COMPLETED, Outcome.FAILED: Reason.USER_ERROR}.get(outcome, Reason.RANK_LOST)
+    following = _decide(outcome, reason, JobStatus.STOPPING, stop_reason=Reason.PAUSE_REQUESTED)
+    assert (following.status, following.reason, following.costs_retry) == (*expected, False)
+
+
+@pytest.mark.parametrize("is_placed", [True, False])
+def test_a_job_that_was_stopped_to_be_resized_goes_on_where_its_places_are_held(is_placed):
+    following = _decide(
+        Outcome.STOPPED, Reason.RESIZED, stop_reason=Reason.RESIZED, used=3, budget=3, is_placed=is_placed
+    )
+    status = JobStatus.STARTING if is_placed else JobStatus.QUEUED
+    assert following == NextStep(status=status, reason=Reason.RESIZED)
+
+
+@pytest.mark.parametrize("is_placed", [True, False])
+def test_an_error_of_the_users_is_not_hidden_by_a_resize(is_placed):
+    following = _decide(Outcome.FAILED, Reason.USER_ERROR, stop_reason=Reason.RESIZED, is_placed=is_placed)
+    assert following == NextStep(status=JobStatus.FAILED, reason=Reason.USER_ERROR)
+
+
 @pytest.mark.parametrize("budget", [0, 1, 3])
 def test_a_lost_attempt_is_retried_up_to_the_budget_and_not_once_more(budget):
     for used in range(budget):
@@ -99,7 +133,14 @@ def test_a_stopped_service_queues_again_whatever_the_budget():
 
 
 def test_every_decision_is_a_change_that_the_table_has():
-    for outcome, reason, status, (used, budget) in product(Outcome, Reason, LIVE, [(0, 0), (0, 1), (1, 1)]):
-        following = _decide(outcome, reason, status, used=used, budget=budget)
+    stop_reasons = [None, Reason.CANCEL_REQUESTED, Reason.PAUSE_REQUESTED, Reason.TIMEOUT, Reason.RESIZED]
+    for outcome, reason, status, (used, budget), stop_reason, is_placed in product(
+        Outcome, Reason, LIVE, [(0, 0), (0, 1), (1, 1)], stop_reasons, [False, True]
+    ):
+        if status is JobStatus.STOPPING and stop_reason in (None, Reason.RESIZED):
+            stop_reason = Reason.CANCEL_REQUESTED  # what else makes a job stop
+        following = _decide(
+            outcome, reason, status, used=used, budget=budget, stop_reason=stop_reason, is_placed=is_placed
+        )
         check_transition(status, following.status)
         assert following.costs_retry <= (following.status is JobStatus.QUEUED)

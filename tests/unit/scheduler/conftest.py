@@ -35,7 +35,9 @@ class House:
         self.files = StoredRunFiles(self.storage)
         self.cluster = FakeCluster(self.storage)
 
-    def scheduler(self, holder="first", *, store=None, files=None, lease_ttl_s=60.0, launch_timeout_s=60.0):
+    def scheduler(
+        self, holder="first", *, store=None, files=None, lease_ttl_s=60.0, launch_timeout_s=60.0, resize_interval_s=0.0
+    ):
         store = store or self.store
         return Scheduler(
             holder=holder,
@@ -52,6 +54,7 @@ class House:
             ),
             lease_ttl_s=lease_ttl_s,
             launch_timeout_s=launch_timeout_s,
+            resize_interval_s=resize_interval_s,
         )
 
     def submit(self, **changes):

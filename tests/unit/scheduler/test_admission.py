@@ -1,73 +1,17 @@
 """Who starts now, alone. A failure means over-committed nodes, starved jobs, or a wrong answer to "why do I wait?"."""
 
 from collections import Counter
-from datetime import UTC, datetime
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.domain.job import Attempt, AttemptStatus, Job, JobStatus, Reason
-from service.domain.placement import Node, Resources
-from service.domain.ports import LiveAttempt
-from service.domain.spec import parse_spec
+from service.domain.elasticity import exact_worlds
+from service.domain.job import Reason
+from service.domain.placement import Resources
 from service.scheduler.admission import admit
-
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-def _job(name, *, workers=1, cpus=1.0, gpus=0, memory_bytes=None):
-    spec = parse_spec(
-        {
-            "name": name,
-            "model": {"factory": "builtin:mlp"},
-            "dataset": {"factory": "builtin:digits"},
-            "batch": {"size": 64},
-            "steps": 1,
-            "workers": workers,
-            "resources": {"cpus_per_rank": cpus, "gpus_per_rank": gpus, "memory_bytes_per_rank": memory_bytes},
-        }
-    )
-    return Job(
-        id=f"job-{name}",
-        spec=spec,
-        status=JobStatus.QUEUED,
-        reason=Reason.SUBMITTED,
-        message="",
-        attempt=0,
-        retries_used=0,
-        step=0,
-        num_steps=1,
-        cancel_requested=False,
-        running_s=0.0,
-        failure=None,
-        created_at=NOW,
-        started_at=None,
-        ended_at=None,
-    )
-
-
-def _live(job, *node_ids):
-    attempt = Attempt(
-        job_id=job.id,
-        number=1,
-        status=AttemptStatus.RUNNING,
-        world_size=len(node_ids),
-        node_ids=node_ids,
-        last_sequence=0,
-        resumed_from_step=None,
-        stop_reason=None,
-        outcome=None,
-        reason=None,
-        failure=None,
-        created_at=NOW,
-        running_at=None,
-        ended_at=None,
-    )
-    return LiveAttempt(job=job, attempt=attempt)
-
-
-def _node(name, cpus, gpus=0, memory_bytes=2**40):
-    return Node(id=name, address="", total=Resources(cpus=cpus, gpus=gpus, memory_bytes=memory_bytes))
+from tests.unit.scheduler.examples import make_job as _job
+from tests.unit.scheduler.examples import make_live as _live
+from tests.unit.scheduler.examples import make_node as _node
 
 
 def _names(starts):
@@ -137,9 +81,53 @@ def test_every_amount_counts():
     assert starts == ()
 
 
-_jobs = st.lists(
-    st.tuples(st.integers(1, 6), st.sampled_from([0.1, 0.5, 1.0, 3.0]), st.integers(0, 1)), min_size=1, max_size=8
-)
+def test_an_elastic_job_starts_on_the_largest_exact_world_that_is_free():
+    elastic = _job("a", workers={"min": 1, "max": 6})
+    (start,), _ = admit([elastic], [_live(_job("running"), "n")], [_node("n", 4)])
+    assert start.node_ids == ("n",) * 3
+    # One worker alone would hold all 6 samples.
+    capped = _job("b", workers={"min": 1, "max": 6}, batch={"size": 6, "max_per_rank": 3})
+    (start,), _ = admit([capped], [], [_node("n", 1), _node("m", 1)])
+    assert start.node_ids == ("n", "m")
+    starts, (wait,) = admit([capped], [], [_node("n", 1)])
+    assert starts == ()
+    assert wait.message.startswith("Waits for a larger cluster: 2 worker(s)")
+
+
+def test_an_elastic_job_leaves_room_for_those_that_can_start_behind_it():
+    starts, waits = admit([_job("elastic", workers={"min": 1, "max": 4}), _job("b")], [], [_node("n", 4)])
+    assert {start.job.spec.name: len(start.node_ids) for start in starts} == {"elastic": 3, "b": 1}
+    assert waits == ()
+
+
+def test_an_elastic_job_holds_up_those_behind_it_only_if_its_fewest_do_not_fit():
+    queued = [_job("elastic", workers={"min": 3, "max": 4}), _job("small")]
+    starts, waits = admit(queued, [_live(_job("running", workers=2), "n", "n")], [_node("n", 4)])
+    assert starts == ()
+    assert _messages(waits) == {
+        "elastic": "Needs at least 3 × (1 CPU) at once; 2 free now. First in line.",
+        "small": "Waits for the jobs ahead of it.",
+    }
+
+
+def test_a_job_has_no_more_workers_than_its_owner_asked_for():
+    (start,), _ = admit([_job("a", workers={"min": 1, "max": 4}, workers_wanted=2)], [], [_node("n", 8)])
+    assert len(start.node_ids) == 2
+
+
+def test_places_that_are_held_for_a_job_that_is_being_resized_are_not_free():
+    elastic = _job("elastic", workers={"min": 1, "max": 3})
+    for live in (_live(elastic, "n", target=("n", "n", "n")), _live(elastic, "n", "n", "n", target=("n",))):
+        starts, _ = admit([_job("a", workers=2)], [live], [_node("n", 4)])
+        assert starts == ()
+    # It was asked to pause meanwhile: nothing follows it.
+    paused = _live(elastic, "n", target=("n", "n", "n"), stop_reason=Reason.PAUSE_REQUESTED)
+    starts, _ = admit([_job("a", workers=2)], [paused], [_node("n", 4)])
+    assert _names(starts) == ["a"]
+
+
+_workers = st.integers(1, 6) | st.tuples(st.integers(1, 3), st.integers(4, 6)).map(lambda w: {"min": w[0], "max": w[1]})
+_jobs = st.lists(st.tuples(_workers, st.sampled_from([0.1, 0.5, 1.0, 3.0]), st.integers(0, 1)), min_size=1, max_size=8)
 _nodes = st.lists(st.tuples(st.integers(1, 8), st.integers(0, 2)), min_size=1, max_size=4)
 
 
@@ -159,7 +147,8 @@ def test_no_admission_over_commits_or_forgets_a_job(sizes, totals, num_live):
     assert all(wait.message for wait in waits)
     used = Counter()
     for job, node_ids in [*((s.job, s.node_ids) for s in earlier), *((s.job, s.node_ids) for s in starts)]:
-        assert len(node_ids) == job.spec.workers
+        assert job.spec.workers.min <= len(node_ids) <= job.spec.workers.max
+        assert len(node_ids) in exact_worlds(job.spec)
         for node_id in node_ids:
             used[node_id, "cpus"] += job.spec.resources.cpus_per_rank
             used[node_id, "gpus"] += job.spec.resources.gpus_per_rank

@@ -1,0 +1,109 @@
+"""What the owner of a job may ask for: to cancel, pause, resume, resize or fork it."""
+
+import hashlib
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel, ValidationError
+
+from service.api.body import Document, RequestDocument
+from service.api.idempotency import OWNER, REPLAYED_HEADER, RequestKey
+from service.api.parts import AppParts, JobId
+from service.api.problems import REQUEST_INVALID, Refused
+from service.api.routes.jobs import CREATED, nudge, refuse_unfit
+from service.api.schemas import ForkBody, ResizeBody
+from service.api.uploads import check_uploads
+from service.domain.elasticity import resize_problem
+from service.domain.errors import InvalidSpec
+from service.domain.fork import ForkRequest, plan_fork
+from service.domain.job import Job, Origin
+from service.domain.ports import IdempotencyKey
+from service.domain.spec import field_problems
+
+router = APIRouter(prefix="/jobs/{job_id}", tags=["lifecycle"])
+
+Body = TypeVar("Body", bound=BaseModel)
+_NO_BODY_SHA256 = hashlib.sha256(b"").hexdigest()
+
+
+def _body_of(model: type[BaseModel]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
+
+
+@router.post("/cancel", status_code=202)
+def cancel_job(job_id: JobId, key: RequestKey, parts: AppParts) -> Job:
+    """Cancel a job that waits at once; ask for a checkpoint and an end of one that runs.
+
+    Asking again changes nothing.
+    """
+    job = parts.store.request_cancel(job_id, key=_named(key, job_id, "cancel"))
+    nudge(parts)
+    return job
+
+
+@router.post("/pause", status_code=202)
+def pause_job(job_id: JobId, key: RequestKey, parts: AppParts) -> Job:
+    """Pause a queued job at once; ask for a checkpoint and a pause of one that runs.
+
+    Asking again changes nothing.
+    """
+    job = parts.store.request_pause(job_id, key=_named(key, job_id, "pause"))
+    nudge(parts)
+    return job
+
+
+@router.post("/resume", status_code=202)
+def resume_job(job_id: JobId, key: RequestKey, parts: AppParts) -> Job:
+    """Queue a job again that was paused, has failed or was cancelled; it goes on from its last checkpoint."""
+    job = parts.store.resume(job_id, key=_named(key, job_id, "resume"))
+    nudge(parts)
+    return job
+
+
+@router.post("/resize", status_code=202, openapi_extra=_body_of(ResizeBody))
+def resize_job(document: RequestDocument, job_id: JobId, key: RequestKey, parts: AppParts) -> Job:
+    """Let an elastic job have so many workers from now on, as soon as there is room for them."""
+    workers = _parse(ResizeBody, document).workers
+    problem = resize_problem(parts.store.get(job_id).spec, workers)
+    if problem is not None:
+        raise InvalidSpec("The job cannot be resized like this.", (problem,))
+    job = parts.store.request_resize(job_id, workers, key=_named(key, job_id, "resize", document.sha256))
+    nudge(parts)
+    return job
+
+
+@router.post("/fork", status_code=201, openapi_extra=_body_of(ForkBody), responses=CREATED)
+def fork_job(document: RequestDocument, job_id: JobId, key: RequestKey, parts: AppParts, response: Response) -> Job:
+    """Submit a job that goes on from a checkpoint of this one, with changes that leave the checkpoint loadable."""
+    body = _parse(ForkBody, document)
+    named = _named(key, job_id, "fork", document.sha256)
+    # Before the checks, whose answer may be another by now.
+    job, created = (None if named is None else parts.store.replayed(named)), False
+    if job is None:
+        request = ForkRequest(step=body.step, changes=body.changes)
+        spec, checkpoint = plan_fork(parts.store.get(job_id), parts.store.checkpoints(job_id), request)
+        check_uploads(spec, parts.uploads.rows)
+        refuse_unfit(spec, parts)
+        origin = Origin(job_id=job_id, attempt=checkpoint.attempt, step=checkpoint.step)
+        job, created = parts.store.fork(spec, origin, key=named)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    if created:
+        nudge(parts)
+    else:
+        response.headers[REPLAYED_HEADER] = "true"
+    return job
+
+
+def _named(key: str | None, job_id: str, action: str, body_sha256: str = _NO_BODY_SHA256) -> IdempotencyKey | None:
+    """Return the key of a request; one key may be used once for each job and action."""
+    if key is None:
+        return None
+    return IdempotencyKey(owner=OWNER, route=f"POST /v1/jobs/{job_id}/{action}", key=key, body_sha256=body_sha256)
+
+
+def _parse(model: type[Body], document: Document) -> Body:
+    try:
+        return model.model_validate(document.data)
+    except ValidationError as error:
+        problems = field_problems(error.errors())
+        raise Refused(REQUEST_INVALID, "The request cannot be answered as written.", problems) from None

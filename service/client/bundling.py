@@ -1,0 +1,114 @@
+"""A directory of code as a zip archive that is the same for the same files, whenever and wherever it is packed."""
+
+import hashlib
+import io
+import os
+import stat
+import zipfile
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from service.client.errors import UploadFailed
+
+IGNORE_FILE = ".syncbnignore"
+ALWAYS_IGNORED = (
+    "__pycache__/",
+    "*.pyc",
+    ".git/",
+    ".hg/",
+    ".svn/",
+    ".venv/",
+    "venv/",
+    ".mypy_cache/",
+    ".pytest_cache/",
+)
+# The earliest that a zip archive can say; the same for every file.
+_DATE = (1980, 1, 1, 0, 0, 0)
+_MODE = stat.S_IFREG | 0o644
+
+
+def pack_directory(directory: Path) -> bytes:
+    """Pack the files of a directory.
+
+    The same files give the same bytes: names are sorted, and neither dates nor modes are kept. Left out is what
+    ``ALWAYS_IGNORED`` and the patterns in ``.syncbnignore`` match, one a line: with a slash at its end, of directories
+    only; with another slash, of the path from the top; else of names at any depth.
+
+    Args:
+        directory: what ``import`` is to find things in.
+
+    Raises:
+        UploadFailed: there is nothing in it, or a link or another thing that cannot be packed.
+        OSError: a file cannot be read.
+    """
+    packed = io.BytesIO()
+    patterns = (*ALWAYS_IGNORED, IGNORE_FILE, *_patterns(directory / IGNORE_FILE))
+    names = sorted(_names(directory, PurePosixPath(), patterns))
+    if not names:
+        raise UploadFailed(f"{directory} holds no file that is not ignored. Name the directory that your code is in.")
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+        for name in names:
+            entry = zipfile.ZipInfo(name, _DATE)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.create_system = 3  # Unix, wherever it is packed
+            entry.external_attr = _MODE << 16
+            archive.writestr(entry, (directory / name).read_bytes())
+    return packed.getvalue()
+
+
+def open_bundle(path: Path) -> BinaryIO:
+    """Return the bytes of a bundle: a zip archive as it is, a directory packed.
+
+    Raises:
+        UploadFailed: as ``pack_directory`` raises it.
+        OSError: it cannot be read.
+    """
+    return io.BytesIO(pack_directory(path)) if path.is_dir() else path.open("rb")
+
+
+def bundle_sha256(path: Path) -> str:
+    """Return what a bundle will be named by once it is uploaded. Raises as ``open_bundle`` does."""
+    with open_bundle(path) as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def _patterns(path: Path) -> Iterator[str]:
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        pattern = line.strip()
+        if pattern and not pattern.startswith("#"):
+            yield pattern
+
+
+def _names(top: Path, below: PurePosixPath, patterns: Sequence[str]) -> Iterator[str]:
+    with os.scandir(top / below) as scanned:
+        entries = list(scanned)
+    for entry in entries:
+        path = below / entry.name
+        is_directory = entry.is_dir(follow_symlinks=False)
+        if any(_matches(path, pattern, is_directory) for pattern in patterns):
+            continue
+        if not str(path).isprintable() or "\\" in entry.name:  # also half of a surrogate pair: a name that is not UTF-8
+            raise UploadFailed(f"{str(top / path)!r} is no name that every machine can have. Rename it.")
+        if is_directory:
+            yield from _names(top, path, patterns)
+        elif entry.is_file(follow_symlinks=False):
+            yield str(path)
+        else:
+            raise UploadFailed(
+                f"{top / path} is a link, or neither a file nor a directory. Put a copy in its place, or name it in "
+                f"{IGNORE_FILE}."
+            )
+
+
+def _matches(path: PurePosixPath, pattern: str, is_directory: bool) -> bool:
+    if pattern.endswith("/"):
+        if not is_directory:
+            return False
+        pattern = pattern.removesuffix("/")
+    if "/" in pattern:
+        return fnmatchcase(str(path), pattern.removeprefix("/"))
+    return fnmatchcase(path.name, pattern)

@@ -48,6 +48,7 @@ from service.domain.journal import (
     CheckpointQuarantined,
     CheckpointWritten,
     Ended,
+    ExactnessFound,
     JournalRecord,
     Launched,
     Metrics,
@@ -627,6 +628,9 @@ def _take(row: _Row, number: int, record: JournalRecord) -> None:
             row.add_event("checkpoint_quarantined", message, time=time, step=step)
         case Warned(message=message, rank=rank):
             row.add_event("warning", message, time=time, rank=rank)
+        case ExactnessFound(exact=exact, reasons=reasons) as report:
+            row.change(exact=exact, exactness=report.message)
+            row.add_event("exactness", report.message, time=time, exact=exact, reasons=list(reasons))
         case Ended(outcome=outcome, reason=reason, failure=failure, step=step, message=message):
             _advance(row, number, AttemptStatus.ENDED)
             row.change_attempt(number, outcome=outcome, reason=reason, failure=failure, ended_at=time)

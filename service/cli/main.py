@@ -163,6 +163,7 @@ def get(context: typer.Context, job_id: JobArgument, output: FormatOption = Form
             ("dataset", job.spec.dataset.factory),
             ("workers", job.spec.workers),
             ("workers wanted", job.workers_wanted),
+            ("exact", None if job.exact is None else f"{'yes' if job.exact else 'no'}: {job.exactness}"),
             ("batch", f"{job.spec.batch.size}, {job.spec.batch.samples_normalized_together} normalized together"),
             ("retries", f"{job.retries_used} of {job.spec.retry.budget} used"),
             ("created", job.created_at.isoformat(timespec="seconds")),

@@ -154,6 +154,8 @@ class Job(Record):
         workers_wanted: most workers that the job is to have, as its owner last asked; None: ``spec.workers.max``.
         resize_requested: the owner asked for that, and the present attempt does not have them yet.
         forked_from: where it began, if not at step 0.
+        exact: whether its result is independent of the number of workers, as its last attempt found; None before.
+        exactness: the same in words: what makes it depend on them; what a rehearsal showed.
         running_s: time spent running in ended attempts, in seconds.
     """
 
@@ -171,6 +173,8 @@ class Job(Record):
     workers_wanted: int | None = None
     resize_requested: bool = False
     forked_from: Origin | None = None
+    exact: bool | None = None
+    exactness: str | None = None
     running_s: float
     failure: Failure | None
     created_at: datetime

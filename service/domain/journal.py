@@ -107,6 +107,14 @@ class ExactnessFound(Report):
     reasons: tuple[str, ...]
     rehearsed: str | None = None
 
+    @property
+    def message(self) -> str:
+        """All of it in words."""
+        said = ["The result depends on the number of workers.", *self.reasons]
+        if self.exact:
+            said = ["The result does not depend on the number of workers."]
+        return " ".join([*said, *([self.rehearsed] if self.rehearsed else [])])
+
 
 class Ended(Report):
     """The attempt ended; the last record."""

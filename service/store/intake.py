@@ -132,12 +132,8 @@ class _Intake:
             self._locked.move(JobStatus.RUNNING, Reason.ALL_RANKS_STEPPED, "Every rank trains.", time=record.time)
 
     def _take_exactness(self, report: ExactnessFound, record: JournalRecord) -> None:
-        message = "The result does not depend on the number of workers."
-        if not report.exact:
-            message = f"The result depends on the number of workers. {' '.join(report.reasons)}"
-        if report.rehearsed is not None:
-            message += f" {report.rehearsed}"
-        self._event("exactness", message, record, exact=report.exact, reasons=list(report.reasons))
+        self._locked.change(exact=report.exact, exactness=report.message)
+        self._event("exactness", report.message, record, exact=report.exact, reasons=list(report.reasons))
 
     def _take_metrics(self, report: Metrics, record: JournalRecord) -> None:
         names = [*report.values, *report.nonfinite]

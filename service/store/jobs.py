@@ -258,6 +258,8 @@ def job_of(row: Row[Any]) -> Job:
         workers_wanted=row.workers_wanted,
         resize_requested=row.resize_requested,
         forked_from=origin_of(row),
+        exact=row.exact,
+        exactness=row.exactness,
         running_s=row.running_s,
         failure=failure_of(row.failure),
         created_at=row.created_at,

@@ -50,6 +50,8 @@ jobs = sa.Table(
     sa.Column("origin_job_id", sa.String(40)),
     sa.Column("origin_attempt", sa.Integer),
     sa.Column("origin_step", sa.BigInteger),
+    sa.Column("exact", sa.Boolean),
+    sa.Column("exactness", PlainText),
     sqlite_autoincrement=True,
 )
 sa.Index("ix_jobs_status", jobs.c.status, jobs.c.number)

@@ -12,6 +12,7 @@ from service.domain.errors import LeaseLost, NotFound, StaleWrite
 from service.domain.job import AttemptStatus, Failure, JobStatus, Outcome, Reason
 from service.domain.journal import (
     CheckpointQuarantined,
+    ExactnessFound,
     JournalRecord,
     Launched,
     Metrics,
@@ -350,6 +351,19 @@ def test_a_warning_is_an_event(store):
     event = store.events(job.id)[-1]
     assert (event.kind, event.data["rank"]) == ("warning", 3)
     assert event.message.startswith("rank 3 is slow")
+
+
+def test_a_job_says_what_makes_it_depend_on_its_workers(store):
+    lease = lead(store)
+    inexact = ExactnessFound(exact=False, reasons=("norm.kind is local.",))
+    job = run(store, lease, inexact)
+    found = store.get(job.id)
+    assert found.exact is False
+    assert "norm.kind is local." in found.exactness
+    event = store.events(job.id)[-1]
+    assert (event.kind, event.data) == ("exactness", {"exact": False, "reasons": ["norm.kind is local."]})
+    store.ingest(lease, job.id, 1, records(ExactnessFound(exact=True, reasons=()), first=5))
+    assert store.get(job.id).exact is True
 
 
 # Stopping and sealing

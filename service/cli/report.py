@@ -1,6 +1,7 @@
 """What became of a job, in words."""
 
 from service.cli.exit_codes import ExitCode
+from service.cli.metric_names import evaluation_metrics
 from service.cli.output import show_pairs, steps
 from service.client.client import Client
 from service.domain.job import Job, JobStatus
@@ -26,12 +27,11 @@ def show_end(client: Client, job: Job) -> ExitCode:
         where = "" if job.failure.rank is None else f"rank {job.failure.rank}: "
         pairs.append(("failure", f"{where}{job.failure.error_type}: {job.failure.message}"))
         pairs.append(("its log", f"syncbn logs {job.id} --rank {job.failure.rank or 0}"))
-    accuracy = client.metrics(job.id, names=["eval/accuracy"]).get("eval/accuracy")
-    if accuracy is not None and accuracy.values and accuracy.values[-1] is not None:
-        pairs.append(("test accuracy", f"{accuracy.values[-1]:.4f} (step {accuracy.steps[-1]})"))
     checkpoints = client.checkpoints(job.id)
     if checkpoints:
         last = checkpoints[-1]
+        for name in evaluation_metrics(last.metrics)[1:]:
+            pairs.append((f"test {name.removeprefix('eval/')}", f"{last.metrics[name]:.4f} (step {last.step})"))
         folder = download_folder(job.id, last.step)
         pairs.append(("checkpoint", f"step {last.step}, in run storage at {last.path}"))
         pairs.append(("download", f"syncbn download {job.id} --step {last.step} --to {folder}"))

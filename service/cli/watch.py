@@ -3,11 +3,12 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from service.cli.metric_names import evaluation_metrics, training_metrics
 from service.cli.output import one_line, say, steps
 from service.client.client import Client
 from service.client.errors import WaitTimeout
@@ -98,9 +99,9 @@ class Progress:
         tenths = 10 * self.step // self.num_steps if self.num_steps else 0
         if "train/loss" in report and tenths > self.told_tenths:
             self.told_tenths = tenths
-            lines.append(self._line("", report, ("train/loss", "train/accuracy")))
+            lines.append(self._line("", report, training_metrics(report)))
         if any(name.startswith("eval/") for name in report):
-            lines.append(self._line("evaluation: ", report, ("eval/loss", "eval/accuracy")))
+            lines.append(self._line("evaluation: ", report, evaluation_metrics(report)))
         return lines
 
     def _take_event(self, event: Event) -> list[str]:
@@ -109,12 +110,13 @@ class Progress:
         elif event.kind == "resumed":
             self.step = int(event.data.get("step", 0))
             self.told_tenths = 10 * self.step // self.num_steps if self.num_steps else 0
-        if event.kind not in TOLD_EVENTS or (event.kind == "resumed" and self.step == 0):
+        is_told = event.kind in TOLD_EVENTS or (event.kind == "exactness" and event.data.get("exact") is False)
+        if not is_told or (event.kind == "resumed" and self.step == 0):
             return []
         what = self.status if event.kind == "status" else event.kind.replace("_", " ")
         return [f"{event.time.astimezone():%H:%M:%S}  {what}: {one_line(event.message)}"]
 
-    def _line(self, prefix: str, report: dict[str, MetricPoint], names: tuple[str, ...]) -> str:
+    def _line(self, prefix: str, report: dict[str, MetricPoint], names: Sequence[str]) -> str:
         share = f" ({100 * self.step // self.num_steps} %)" if self.num_steps else ""
         values = [
             f"{name.partition('/')[2]} {_number(report[name].value, report[name].nonfinite)}"
@@ -165,15 +167,19 @@ def _bar(job: Job) -> Iterator[Display]:
         def update(self, progress: Progress, lines: list[str]) -> None:
             for line in lines:
                 bar.console.print(line, soft_wrap=True)
-            shown = [
-                f"{label} {_number(progress.values[name], digits=3)}"
-                for label, name in (("loss", "train/loss"), ("acc", "train/accuracy"), ("test", "eval/accuracy"))
-                if name in progress.values
-            ]
+            shown = [f"{label} {_number(progress.values[name], digits=3)}" for label, name in _shown(progress.values)]
             bar.update(task, completed=progress.step, status=progress.status, values="  ".join(shown))
 
     with bar:
         yield Bar()
+
+
+def _shown(values: Mapping[str, float | None]) -> Iterator[tuple[str, str]]:
+    """Yield label and name of the few values that fit beside a bar: loss, and first metric of the last evaluation."""
+    if "train/loss" in values:
+        yield "loss", "train/loss"
+    for name in evaluation_metrics(values)[1:2]:
+        yield f"test {name.removeprefix('eval/')}", name
 
 
 def _number(value: float | None, nonfinite: str | None = None, digits: int = 4) -> str:

@@ -34,9 +34,13 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # A copy of the model has to compute with its own weights, so nothing here is bound to the original.
+    function = forward.__func__ if isinstance(forward, MethodType) else None
+
     def checkpointed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever forward takes
+        compute = forward if function is None else MethodType(function, self)
         if not (self.training and torch.is_grad_enabled()):
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            return compute(*args, **kwargs)
+        return checkpoint(compute, *args, use_reentrant=False, **kwargs)
 
     return checkpointed

@@ -187,6 +187,7 @@ class Trainer:
         gradients = self._gradients()
         if self._scaler is not None:
             self._scaler.update(is_finite=self._scaler.unscale_(gradients, world_sum=world.sum_tensor))
+            torch._foreach_mul_(gradients, world.size)
         if totals.weight != plan.size:
             torch._foreach_mul_(gradients, plan.size / (totals.weight or 1.0))
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -267,8 +268,9 @@ class Trainer:
             with autocast(spec.precision, world.device):
                 outputs = self._parallel(batch.inputs)
             loss = self._task.loss(outputs, batch.targets)
-            # DDP divides by the number of ranks what it sums over them.
-            factor = world.size / plan.size * (1.0 if self._scaler is None else self._scaler.scale)
+            # DDP divides by the number of ranks what it sums over them. Where half precision could overflow that is
+            # made good only afterwards: which steps are skipped must not depend on the number of ranks.
+            factor = (world.size if self._scaler is None else self._scaler.scale) / plan.size
             num_samples = own.stop - own.start
             with self._diagnostics.backward(num_samples=num_samples, factor=1 / (factor * num_samples)):
                 (loss.sum * factor).backward()  # type: ignore[no-untyped-call]

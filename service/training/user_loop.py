@@ -13,7 +13,7 @@ from service.domain.spec import JobSpec
 from service.training.channel import Channel
 from service.training.checkpoint_writer import CheckpointWriter
 from service.training.checkpoints import Checkpoint, read_checkpoint
-from service.training.errors import BadFactory
+from service.training.errors import BadFactory, NotExact
 from service.training.factories import import_factory
 from service.training.world import World
 
@@ -67,7 +67,7 @@ class TrainingContext:
             step: optimizer steps done; grows from call to call.
             values: by name, such as ``train/loss``; the same over all ranks.
         """
-        if step <= self.step and self._has_stepped:
+        if step <= self.step and (self._has_stepped or self.resumed_from):
             raise BadFactory(f"train_function: it reported step {step} after step {self.step}. Steps have to grow.")
         self.step = step
         self._values = {name: float(value) for name, value in values.items()}
@@ -122,22 +122,26 @@ def run_train_function(task: RankTask, channel: Channel) -> Finished:
 
     Raises:
         BadFactory: it cannot be imported, or never reported a step.
+        NotExact: the job requires what nobody can know of it.
         Exception: whatever it raises.
     """
     assert task.spec.train_function is not None
     function = import_factory(task.spec.train_function, field="train_function")
     task.spec.batch_plan(task.world_size)
+    reason = "train_function: the service cannot see what a training loop of your own does with its workers."
+    if task.spec.exactness.require:
+        raise NotExact(f"exactness.require: the result may depend on the number of workers. {reason}")
     world = World.join(task)
     with CheckpointWriter(task) as writer:
         context = TrainingContext(task, channel, world, writer)
         if world.rank == 0:
-            reason = "train_function: the service cannot see what a training loop of your own does with its workers."
             channel.send(ExactnessFound(exact=False, reasons=(reason,)))
         function(context)
         world.await_all()
         for staged in writer.wait():
             channel.send(staged)
-    if context.step == context.resumed_from and not context.is_stopping:
+    # One that was resumed may have been done already.
+    if context.step == context.resumed_from == 0 and not context.is_stopping:
         raise BadFactory("train_function: it returned without reporting a step. Call context.report(step, values).")
     stopped = context.is_stopping and (context.num_steps is None or context.step < context.num_steps)
     return Finished(step=context.step, stopped=stopped)

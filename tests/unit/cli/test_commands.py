@@ -197,7 +197,7 @@ def end(service, outcome, reason, failure=None):
     for step in range(1, 11):
         service.scheduler.metrics(job.id, step, train_loss=1 / step, train_accuracy=0.5)
     service.scheduler.metrics(job.id, 10, eval_loss=0.1, eval_accuracy=0.9871)
-    service.scheduler.checkpoint(job.id, 10, {"model.safetensors": b"x"})
+    service.scheduler.checkpoint(job.id, 10, {"model.safetensors": b"x"}, eval_loss=0.1, eval_accuracy=0.9871)
     if outcome is Outcome.STOPPED:
         service.store.request_cancel(job.id)
         service.scheduler.stop(job.id)
@@ -221,7 +221,7 @@ def test_watch_to_success(service, cli):
     assert "evaluation: step 10/10 (100 %)  loss 0.1, accuracy 0.9871" in result.stderr
     assert "\x1b" not in result.output
     path = service.store.checkpoints(job.id)[0].path
-    for part in ("0.9871 (step 10)", path, f"syncbn download {job.id} --step 10", "safetensors.torch.load_file("):
+    for part in ("test accuracy  0.9871 (step 10)", path, f"syncbn download {job.id} --step 10", "safetensors.torch.load_file("):
         assert part in result.stdout
 
 

@@ -1,6 +1,7 @@
 """The commands."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -10,6 +11,7 @@ from service.cli import lifecycle, uploads
 from service.cli.arguments import ChangesOption, FormatOption, JobArgument, TimeoutOption
 from service.cli.commands import Commands
 from service.cli.exit_codes import ExitCode
+from service.cli.metric_names import scores
 from service.cli.options import CommonOptions
 from service.cli.output import Format, age, is_lively, one_line, say, show, show_json, show_pairs, show_table, steps
 
@@ -259,13 +261,13 @@ def checkpoints(context: typer.Context, job_id: JobArgument, output: FormatOptio
         show_json({"checkpoints": [one.model_dump(mode="json") for one in found]})
         return
     show_table(
-        ("STEP", "ATTEMPT", "MB", "TEST ACCURACY", "CREATED", "PATH"),
+        ("STEP", "ATTEMPT", "MB", "TEST", "CREATED", "PATH"),
         [
             (
                 one.step,
                 one.attempt,
                 f"{sum(file.size_bytes for file in one.files) / 1e6:.1f}",
-                one.metrics.get("eval/accuracy"),
+                _test_metrics(one.metrics),
                 age(one.created_at),
                 one.path,
             )
@@ -336,3 +338,9 @@ def _watch(options: CommonOptions, job_id: str, timeout_s: float | None) -> NoRe
 
 if __name__ == "__main__":
     app()
+
+
+def _test_metrics(metrics: Mapping[str, float]) -> str | None:
+    """The first metrics of the evaluation at a checkpoint; None where there was none."""
+    names = scores(metrics)[:2]
+    return ", ".join(f"{name.removeprefix('eval/')} {metrics[name]:.4f}" for name in names) or None

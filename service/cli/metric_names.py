@@ -19,6 +19,11 @@ def evaluation_metrics(names: Iterable[str]) -> list[str]:
     return _of("eval/", names)
 
 
+def scores(names: Iterable[str]) -> list[str]:
+    """Return the metrics of the evaluations beside their loss."""
+    return [name for name in evaluation_metrics(names) if name != "eval/loss"]
+
+
 def _of(prefix: str, names: Iterable[str]) -> list[str]:
     found = [name for name in names if name.startswith(prefix) and name.removeprefix(prefix) not in _OF_THE_STEP]
     return sorted(found, key=lambda name: (name != f"{prefix}loss", name))

@@ -1,7 +1,7 @@
 """What became of a job, in words."""
 
 from service.cli.exit_codes import ExitCode
-from service.cli.metric_names import evaluation_metrics
+from service.cli.metric_names import scores
 from service.cli.output import show_pairs, steps
 from service.client.client import Client
 from service.domain.job import Job, JobStatus
@@ -30,7 +30,7 @@ def show_end(client: Client, job: Job) -> ExitCode:
     checkpoints = client.checkpoints(job.id)
     if checkpoints:
         last = checkpoints[-1]
-        for name in evaluation_metrics(last.metrics)[1:]:
+        for name in scores(last.metrics):
             pairs.append((f"test {name.removeprefix('eval/')}", f"{last.metrics[name]:.4f} (step {last.step})"))
         folder = download_folder(job.id, last.step)
         pairs.append(("checkpoint", f"step {last.step}, in run storage at {last.path}"))

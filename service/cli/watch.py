@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from service.cli.metric_names import evaluation_metrics, training_metrics
+from service.cli.metric_names import evaluation_metrics, scores, training_metrics
 from service.cli.output import one_line, say, steps
 from service.client.client import Client
 from service.client.errors import WaitTimeout
@@ -178,7 +178,7 @@ def _shown(values: Mapping[str, float | None]) -> Iterator[tuple[str, str]]:
     """Yield label and name of the few values that fit beside a bar: loss, and first metric of the last evaluation."""
     if "train/loss" in values:
         yield "loss", "train/loss"
-    for name in evaluation_metrics(values)[1:2]:
+    for name in scores(values)[:1]:
         yield f"test {name.removeprefix('eval/')}", name
 
 

@@ -221,7 +221,8 @@ def test_watch_to_success(service, cli):
     assert "evaluation: step 10/10 (100 %)  loss 0.1, accuracy 0.9871" in result.stderr
     assert "\x1b" not in result.output
     path = service.store.checkpoints(job.id)[0].path
-    for part in ("test accuracy  0.9871 (step 10)", path, f"syncbn download {job.id} --step 10", "safetensors.torch.load_file("):
+    tested = "test accuracy  0.9871 (step 10)"
+    for part in (tested, path, f"syncbn download {job.id} --step 10", "safetensors.torch.load_file("):
         assert part in result.stdout
 
 

@@ -90,6 +90,9 @@ def recalibrate(
     if not tracking:
         return module
     device = next(iter(tracking.values())).running_mean.device  # type: ignore[union-attr]
+    # One rank's layers may synchronize where another's, in a group of its own, do not; all have to do the same.
+    num_together = torch.tensor([float(bool(together))], dtype=torch.float64, device=device)
+    all_reduce_sum(num_together, group, "whether layers synchronize")
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_same_statistics_afterwards(tracking.values()))
@@ -97,7 +100,7 @@ def recalibrate(
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled model has no probes
         sums = [stack.enter_context(_summed(layer)) for layer in tracking.values()]
         done = 0
-        for batch in _drawn(itertools.islice(batches, num_batches), group if together else None, device):
+        for batch in _drawn(itertools.islice(batches, num_batches), group if num_together.item() > 0 else None, device):
             if forward is not None:
                 forward(module, batch)
             else:

@@ -23,11 +23,15 @@ class Exactness:
     reasons: list[str]
 
     def __init__(self, spec: JobSpec, task: Task) -> None:
-        self._kind = spec.norm.kind
         self.reasons = []
         if spec.norm.kind == "local":
             self.reasons.append(
                 "norm.kind is local: each worker normalizes its own samples. norm.kind: sync normalizes them together."
+            )
+        if spec.precision == "float16":
+            self.reasons.append(
+                "precision is float16: whether a sum overflows, and the step is skipped, depends on the samples that a "
+                "worker adds up. bfloat16 does not overflow."
             )
         if task.unsuited is not None:
             self.reasons.append(f"task: {task.unsuited}")
@@ -56,7 +60,11 @@ class Exactness:
         buffers = [name for name in changed_buffers if name.rpartition(".")[2] not in _STATISTICS]
         if buffers:
             found.append(f"model: it changes {_some(buffers)} in its forward, on each worker by itself.")
-        self.reasons += [reason for reason in found if reason not in self.reasons]
+        self.add(found)
+
+    def add(self, reasons: Iterable[str]) -> None:
+        """Take in reasons, such as those that another rank found."""
+        self.reasons += [reason for reason in reasons if reason not in self.reasons]
 
 
 def _some(names: Collection[str]) -> str:

@@ -1,5 +1,6 @@
 """Internal covariate shift: how the moments of each layer's input move while the network trains."""
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class InputDrift:
         self._before: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for path, layer in model.named_modules():
             if isinstance(layer, _WEIGHTED):
-                layer.register_forward_pre_hook(self._hook(path, is_linear=isinstance(layer, nn.Linear)))
+                hook = self._hook(path, is_linear=isinstance(layer, nn.Linear))
+                layer.register_forward_pre_hook(hook, with_kwargs=True)
 
     def begin(self) -> None:
         """Measure from now on."""
@@ -59,10 +61,10 @@ class InputDrift:
         return found
 
     def _hook(self, path: str, *, is_linear: bool) -> Any:  # noqa: ANN401 - as register_forward_pre_hook takes it
-        def measure(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        def measure(_: nn.Module, arguments: tuple[torch.Tensor, ...], by_name: dict[str, torch.Tensor]) -> None:
             if not self._is_measuring or not torch.is_grad_enabled():
                 return
-            inputs = arguments[0].detach()
+            inputs = next(chain(arguments, by_name.values())).detach()
             channels = (inputs if is_linear else inputs.movedim(1, -1)).flatten(0, -2)
             values = channels.to(torch.float64)  # (n, C)
             count = torch.full_like(values[0], len(values))

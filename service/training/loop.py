@@ -96,10 +96,12 @@ class _Run:
                 self._report_step(step, result)
                 if step == first:
                     self._channel.send(Stepped(num_steps=last))
-                if step == last and spec.norm.recalibrate is not None:
-                    trainer.recalibrate(spec.norm.recalibrate)
-                if step == last or (spec.evaluation.every_steps and step % spec.evaluation.every_steps == 0):
+                if step == last:
+                    self._evaluate_at_the_end(step)
+                elif spec.evaluation.every_steps and step % spec.evaluation.every_steps == 0:
                     note = self._evaluate(step)
+                    if note and spec.norm.recalibrate is not None:
+                        self._evaluate_at_the_end(step)
                 if result.stop and step < last:
                     self._finish_checkpoints(step, exporting=False)
                     return Finished(step=step, stopped=True)
@@ -114,6 +116,7 @@ class _Run:
     def _resume(self, directory: Path, job_id: str) -> None:
         checkpoint = read_checkpoint(directory, job_id=job_id)
         self._trainer.restore(checkpoint)
+        self._num_skipped = checkpoint.state.get("num_skipped", 0)
         if "early_stopping" in checkpoint.state:
             self._patience = Patience.from_state_dict(checkpoint.state["early_stopping"])
 
@@ -167,6 +170,12 @@ class _Run:
         if self._reports and self._num_skipped == 1 and spec.precision != "float16":
             self._channel.send(Warned(message=f"{what}The step is skipped, as will be others like it."))
 
+    def _evaluate_at_the_end(self, step: int) -> None:
+        recalibrated = self._task.spec.norm.recalibrate
+        if recalibrated is not None:
+            self._trainer.recalibrate(recalibrated)
+        self._evaluate(step)
+
     def _evaluate(self, step: int) -> str:
         """Evaluate; say why to end early, if there is a reason."""
         values = self._trainer.evaluate()
@@ -199,6 +208,7 @@ class _Run:
         if not self._reports:
             return
         checkpoint = self._trainer.capture()
+        checkpoint.state["num_skipped"] = self._num_skipped
         if self._task.spec.early_stopping is not None:
             checkpoint.state["early_stopping"] = self._patience.state_dict()
         held_up_s = self._writer.save(checkpoint, self._metrics, extra_dir=extra_dir)

@@ -8,6 +8,7 @@ import torch
 from service.domain.spec import JobSpec
 from service.training.data import Dataset
 from service.training.errors import NotExact
+from service.training.sample_plan import SamplePlan
 from service.training.tasks import Task
 from service.training.trainer import Trainer
 from service.training.world import World
@@ -50,6 +51,8 @@ def rehearse(spec: JobSpec, dataset: Dataset, task: Task, world: World) -> str |
             "diagnostics": spec.diagnostics.model_copy(update={"norm": False}),
         }
     )
+    for size in asked.worlds:
+        SamplePlan(spec, dataset.training, size)  # refused by all ranks alike, before any waits for another
     ends = [_weights_after(in_float64, dataset, task, world, size, asked.steps) for size in asked.worlds]
     first, second = asked.worlds
     # The first rank took part in both.

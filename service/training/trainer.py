@@ -3,13 +3,14 @@
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from service.domain.batch_plan import BatchPlan
@@ -100,7 +101,7 @@ class Trainer:
         self._scaler = LossScaler() if spec.precision == "float16" else None
         if spec.compile:
             self.model.compile()
-        self._parallel = wrap(self.model, world, finds_unused=False)
+        self._parallel: DistributedDataParallel | None = None  # before it is known what the model uses
         self._diagnostics = Diagnostics(spec, self.model, world)
 
     @property
@@ -153,12 +154,22 @@ class Trainer:
         Raises:
             TrainingError: samples or model do not fit the task.
         """
-        if self._try_micro_step():
-            self._parallel = wrap(self.model, self._world, finds_unused=True)
-            self._try_micro_step()
+        self._try_micro_step()  # on the model alone: ranks whose passes differ would wait for each other in DDP
+        unused = {
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and parameter.grad is None
+        }
+        found = self._world.gather((unused, self.exactness.reasons))
+        for _, reasons in found:
+            self.exactness.add(reasons)
+        self._optimizer.zero_grad()
+        self._parallel = wrap(self.model, self._world, finds_unused=any(names for names, _ in found))
+        self._try_micro_step()
+        self._optimizer.zero_grad()
 
     def step(self, *, stop: bool = False) -> StepResult:
-        """Take the next optimizer step.
+        """Take the next optimizer step; ``settle`` comes before the first.
 
         Args:
             stop: whether this rank wants to stop after it.
@@ -167,6 +178,7 @@ class Trainer:
             TrainingError: samples or model do not fit the task.
         """
         started = time.perf_counter()
+        assert self._parallel is not None
         spec, world, plan = self._spec, self._world, self.samples.plan(self.steps_done)
         learning_rate = spec.optimizer.learning_rate * learning_rate_factor(
             spec.schedule, step=self.steps_done, num_steps=self.num_steps
@@ -196,11 +208,9 @@ class Trainer:
         details = self._diagnostics.end(gradient_norm)
         if self._scaler is not None:
             details["train/loss_scale"] = self._scaler.scale
+        self._groups.commit()
         if is_finite:
-            self._groups.commit()
             self._take_step(learning_rate, norm)
-        else:
-            self._groups.discard()
         self.steps_done += 1
         return StepResult(
             loss=totals.loss,
@@ -217,9 +227,9 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the held-out samples with running statistics, and with averaged weights where there are any."""
-        if self._spec.norm.kind == "local":  # every rank has its own; those of the checkpoints count
-            self._world.take_buffers_of_first_rank(self.model)
         with self.averaged():
+            if self._spec.norm.kind == "local":  # every rank has its own; those of the checkpoints count
+                self._world.take_buffers_of_first_rank(self.model)
             return self._evaluator(self.model)
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -231,13 +241,28 @@ class Trainer:
         return on_device(self._loader.read(0, 0), self._spec, self._world.device).inputs
 
     def recalibrate(self, num_batches: int) -> None:
-        """Compute the running statistics anew, from the first mini-batches of an epoch. All ranks call it together."""
-        per_epoch = range(min(num_batches, self.samples.steps_per_epoch))
-        plans = [(step, micro_step) for step in per_epoch for micro_step in range(self.samples.num_micro_steps(step))]
-        read = (self._loader.read(step, micro_step) for step, micro_step in plans)
+        """Compute the running statistics anew, from the first mini-batches of an epoch. All ranks call it together.
+
+        Those that belong to the averaged weights are computed too, where the job keeps any.
+        """
+        self._groups.follow(self.samples.full)
+        steps = [step for step in range(self.samples.steps_per_epoch) if self.samples.plan(step) is self.samples.full]
+        self._recalibrate(steps[:num_batches])
+        if self._ema is not None:
+            with self._ema.swapped_in():
+                self._recalibrate(steps[:num_batches])
+
+    def _recalibrate(self, steps: Sequence[int]) -> None:
+        plan = self.samples.full
+        read = (self._loader.read(step, micro_step) for step in steps for micro_step in range(plan.num_micro_steps))
         batches = (on_device(batch, self._spec, self._world.device).inputs for batch in read)
         with autocast(self._spec.precision, self._world.device):
             recalibrate(self.model, batches, process_group=self._world.group)
+        self._groups.discard()
+        # Groups of ranks compute several batches at once; how many there were does not depend on that.
+        for layer in self.model.modules():
+            if isinstance(layer, _BatchNorm) and layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.fill_(len(steps) * plan.num_normalization_batches)
 
     def close(self) -> None:
         """End what reads samples ahead."""
@@ -264,9 +289,11 @@ class Trainer:
             count=own.stop - own.start,
         )
         is_last = micro_step == plan.num_micro_steps - 1
-        with nullcontext() if is_last else self._parallel.no_sync(), self._groups.batch(index):
+        network = self._parallel or self.model
+        waits = network.no_sync() if isinstance(network, DistributedDataParallel) and not is_last else nullcontext()
+        with waits, self._groups.batch(index):
             with autocast(spec.precision, world.device):
-                outputs = self._parallel(batch.inputs)
+                outputs = network(batch.inputs)
             loss = self._task.loss(outputs, batch.targets)
             # DDP divides by the number of ranks what it sums over them. Where half precision could overflow that is
             # made good only afterwards: which steps are skipped must not depend on the number of ranks.
@@ -285,8 +312,8 @@ class Trainer:
         if self._ema is not None:
             self._ema.update()
 
-    def _try_micro_step(self) -> bool:
-        """Run the one that DDP reduces after, without effect; whether it left parameters unused."""
+    def _try_micro_step(self) -> None:
+        """Run the one that DDP reduces after; only gradients are left of it."""
         plan = self.samples.full
         last = plan.num_micro_steps - 1
         before = [(name, buffer, buffer.clone()) for name, buffer in self.model.named_buffers()]
@@ -297,12 +324,9 @@ class Trainer:
         self._groups.discard()
         changed = [name for name, buffer, value in before if not torch.equal(buffer, value)]
         self.exactness.observe(loss, changed_buffers=changed, draws_others=drew_others(), misfits=self._dropout.misfits)
-        used = [parameter.grad is not None for parameter in self.model.parameters() if parameter.requires_grad]
-        self._optimizer.zero_grad()
         with torch.no_grad():
             for _, buffer, value in before:
                 buffer.copy_(value)
-        return not all(used)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups

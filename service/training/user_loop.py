@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from service.domain.batch_plan import BatchPlan
-from service.domain.journal import ExactnessFound, Metrics
+from service.domain.journal import ExactnessFound, Metrics, Warned
 from service.domain.rank_protocol import Finished, RankTask, Stepped
 from service.domain.spec import JobSpec
 from service.training.channel import Channel
 from service.training.checkpoint_writer import CheckpointWriter
 from service.training.checkpoints import Checkpoint, read_checkpoint
-from service.training.errors import BadFactory, NotExact
+from service.training.errors import BadFactory, CheckpointFailed
 from service.training.factories import import_factory
 from service.training.world import World
 
@@ -109,7 +109,14 @@ class TrainingContext:
         return self._is_stopping
 
     def _send_written(self) -> None:
-        for staged in self._writer.poll():
+        try:
+            written = self._writer.poll()
+        except CheckpointFailed as error:
+            if self.spec.checkpoint.on_failure == "stop":
+                raise
+            self._channel.send(Warned(message=f"{error} Training goes on; the checkpoint before it stays."))
+            return
+        for staged in written:
             self._channel.send(staged)
 
 
@@ -122,15 +129,12 @@ def run_train_function(task: RankTask, channel: Channel) -> Finished:
 
     Raises:
         BadFactory: it cannot be imported, or never reported a step.
-        NotExact: the job requires what nobody can know of it.
         Exception: whatever it raises.
     """
     assert task.spec.train_function is not None
     function = import_factory(task.spec.train_function, field="train_function")
     task.spec.batch_plan(task.world_size)
     reason = "train_function: the service cannot see what a training loop of your own does with its workers."
-    if task.spec.exactness.require:
-        raise NotExact(f"exactness.require: the result may depend on the number of workers. {reason}")
     world = World.join(task)
     with CheckpointWriter(task) as writer:
         context = TrainingContext(task, channel, world, writer)

@@ -1,11 +1,13 @@
 """The process group of an attempt, seen from one of its ranks."""
 
 import os
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Self, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -88,6 +90,8 @@ class World:
         the day that it may be: half a millisecond and some memory every time.
         """
         torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 

@@ -53,6 +53,12 @@ class RehearsalSpec(SpecModel):
     worlds: tuple[Annotated[int, Field(ge=1, le=MAX_WORLD_SIZE)], Annotated[int, Field(ge=1, le=MAX_WORLD_SIZE)]]
     steps: Annotated[int, Field(ge=1, le=1000)] = 3
 
+    @model_validator(mode="after")
+    def _worlds_differ(self) -> Self:
+        if self.worlds[0] == self.worlds[1]:
+            raise problem("worlds", "are the same, so they show nothing. Name two different ones.")
+        return self
+
 
 class ExactnessSpec(SpecModel):
     """Whether the result may depend on the number of workers."""

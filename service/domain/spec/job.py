@@ -142,7 +142,25 @@ class JobSpec(SpecModel):
             )
         if len(set(self.export)) < len(self.export):
             raise problem("export", "names a format twice. Name each once.")
+        unsuited = catalog.unsuited_to_task(self.model.factory, getattr(self.task, "name", "custom"))
+        if unsuited is not None and self.train_function is None:
+            raise problem("model.factory", unsuited)
+        self._check_exactness()
         return self
+
+    def _check_exactness(self) -> None:
+        """What is known to depend on the number of workers can be neither required nor shown not to."""
+        if self.train_function is not None:
+            field, why = "train_function", "nobody can tell what a training loop of your own does with its workers"
+        elif self.norm.kind == "local":
+            field, why = "norm.kind", "with local each worker normalizes its own samples"
+        elif self.precision == "float16":
+            field, why = "precision", "with float16 the steps that are skipped depend on what a worker adds up"
+        else:
+            return
+        asked = "exactness.require" if self.exactness.require else "exactness.rehearse"
+        if self.exactness.require or self.exactness.rehearse is not None:
+            raise problem(field, f"{why}, so the result is not exact. Change it, or remove {asked}.")
 
     def _check_workers(self) -> None:
         """Every world that was asked for by itself has to be exact; of a range, at least one."""

@@ -95,3 +95,9 @@ class EarlyStoppingSpec(SpecModel):
     mode: Literal["min", "max"]
     patience: Annotated[int, Field(ge=1, le=10**6, description="evaluations without an improvement")] = 5
     min_delta: Annotated[float, Field(ge=0, le=1e9, description="what counts as one")] = 0.0
+
+    @model_validator(mode="after")
+    def _metric_is_evaluated(self) -> Self:
+        if not self.metric.startswith("eval/"):
+            raise problem("metric", f"{self.metric} is no metric of the evaluations. Use one of eval/, as eval/loss.")
+        return self

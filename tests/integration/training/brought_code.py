@@ -189,7 +189,7 @@ class ContrastiveLoss(SumLoss):
 def poisoned(value, index=5, num_samples=12):
     """Regression on noise, of which one target is not finite."""
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(num_samples, 4, generator=generator)
+    inputs = torch.randn(num_samples, 4, generator=generator, dtype=torch.float64)
     targets = inputs.sum(dim=1, keepdim=True)
     targets[index] = float(value)
     return (inputs, targets), None, 1

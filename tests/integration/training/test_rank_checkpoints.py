@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from service.domain.journal import Warned
 from service.storage.manifest import verify_directory
 from service.training.data import build_dataset
 from service.training.models import build_model
@@ -70,3 +71,33 @@ def test_a_small_residual_net_learns_the_digits(tmp_path):
         checkpoint={"every_steps": 350},
     )
     assert run_job(spec, world_size=1, staging_dir=tmp_path).curve("eval/accuracy")[-1] >= 0.97
+
+
+def test_the_last_checkpoint_holds_what_was_to_be_exported(tmp_path):
+    spec = job_spec(
+        model={"factory": "builtin:small-resnet", "args": {"width": 4}},
+        steps=6,
+        checkpoint={"every_steps": 3},
+        ema={"decay": 0.9},
+        export=["state_dict", "pt2"],
+    )
+    rank = run_job(spec, world_size=2, staging_dir=tmp_path)
+    assert not rank.of(Warned)
+    before, last = rank.staged_dirs[3], rank.staged_dirs[6]
+    names = {file.name for file in verify_directory(last).files}
+    assert names - {file.name for file in verify_directory(before).files} == {
+        "model.pt2",
+        "plain.pt",
+        "plain.safetensors",
+    }
+
+    # It is the average of the weights, as it was evaluated.
+    state = torch.load(last / "training_state.pt", weights_only=True)["state"]
+    for name, value in load_file(last / "plain.safetensors").items():
+        if value.is_floating_point():
+            assert torch.equal(value, state["ema"]["average"][name]), name
+    held_out = build_dataset(spec.dataset, seed=spec.seed).held_out
+    outputs = torch.export.load(last / "model.pt2").module()(held_out.inputs.float())
+    accuracy = (outputs.argmax(dim=1) == held_out.targets).double().mean().item()
+    # Folding rounds anew, which may turn the one or the other sample that lies on the edge.
+    assert accuracy == pytest.approx(rank.curve("eval/accuracy")[-1], abs=2 / len(held_out))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from service.domain.journal import ExactnessFound
 from service.domain.spec import JobSpec
 from service.training.checkpoints import read_checkpoint
 from service.training.data import build_dataset
@@ -20,10 +21,15 @@ from service.training.tasks import Loss, build_task
 from service.training.tasks.classification import Classification
 from service.training.trainer import Trainer
 from service.training.world import World
-from tests.integration.training.gang import JOB_ID, MLP, job_spec, run_job
+from tests.integration.training.brought_code import HERE
+from tests.integration.training.gang import JOB_ID, MLP, job_spec, run_gang, run_job
 from tests.ranks import run_ranks
 
 NUM_STEPS = 50
+
+
+def brought(name, **arguments):
+    return {"factory": f"{HERE}:{name}", "args": arguments}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +79,117 @@ def test_accumulation_is_exact(tmp_path):
         _assert_same_model(rank, runs[0], rtol=1e-9)
 
 
+CANVASES = {"num_training": 24, "num_held_out": 6, "height": 16, "width": 16, "max_digits": 2, "scale": 1}
+TASKS = {
+    "segmentation": {
+        "task": {"name": "segmentation", "dice_weight": 0.5},
+        "model": {"factory": "builtin:unet", "args": {"depth": 2, "width": 4}},
+        "dataset": {"factory": "builtin:digits-segmentation", "args": CANVASES},
+    },
+    "detection": {
+        "task": "detection",
+        "model": {"factory": "builtin:detector", "args": {"width": 4, "num_blocks": 1, "head_depth": 1}},
+        "dataset": {"factory": "builtin:digits-detection", "args": CANVASES},
+        "optimizer": {"name": "adamw"},
+    },
+    "recurrent": {
+        "model": {"factory": "builtin:recurrent", "args": {"hidden_size": 8, "dropout": 0.2}},
+        "dataset": {"factory": "builtin:digits", "args": {"layout": "sequence", "test_fraction": 0.85}},
+    },
+    "regression": {
+        "task": {"name": "regression", "loss": "huber"},
+        "model": {"factory": "builtin:mlp", "args": {"hidden_sizes": [8]}},
+        "dataset": {"factory": "builtin:diabetes"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_kind_of_task_gives_the_same_on_any_world(name, tmp_path):
+    # Where weights are pixels or boxes, ranks hold unequal shares of them, and some may hold none.
+    spec = job_spec(
+        **TASKS[name], batch={"size": 6}, steps=6, precision="float64", schedule={}, evaluation={"batch_size": 512}
+    )
+    one, *others = (run_job(spec, world_size=n, staging_dir=tmp_path / str(n)) for n in (1, 2, 4))
+    for rank in others:
+        assert _verdict(rank).exact
+        assert one.curve("eval/loss")
+        for curve in ("train/loss", "train/gradient_norm", "eval/loss"):
+            np.testing.assert_allclose(rank.curve(curve), one.curve(curve), rtol=1e-9)
+        _assert_same_model(rank, one, rtol=1e-9)
+
+
+REASONS = {
+    "local norm": ({"norm": {"kind": "local"}}, "norm.kind is local"),
+    "draws from torch": ({"model": brought("draws", source="torch")}, "random numbers"),
+    "draws from numpy": ({"model": brought("draws", source="numpy")}, "random numbers"),
+    "draws from python": ({"model": brought("draws", source="python")}, "random numbers"),
+    "dropout of its own": ({"model": brought("dropout_left_as_it_is")}, "random numbers"),
+    "a buffer of its own": ({"model": brought("keeps_a_buffer")}, "changes between.scale in its forward"),
+    "dropout over time first": ({"model": brought("drops_out_time_first")}, "between.dropout drops out values"),
+    "a mean for a loss": ({"task": brought("MeanLoss")}, "Return (sum, weight)"),
+    "a loss that compares samples": ({"task": brought("ContrastiveLoss")}, "compares the samples"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_what_depends_on_the_world_is_told(name, tmp_path):
+    overrides, words = REASONS[name]
+    spec = _brought_spec(**overrides)
+    rank = run_job(spec, world_size=2, staging_dir=tmp_path / "2")
+    (reason,) = _verdict(rank).reasons
+    assert words in reason
+    assert not _verdict(rank).exact
+
+
+@pytest.mark.parametrize("name", ["local norm", "draws from torch", "dropout of its own", "a buffer of its own"])
+def test_what_is_told_to_depend_on_the_world_does(name, tmp_path):
+    # The control of the equalities of these files: masks, statistics and noise of each rank's own do show.
+    spec = _brought_spec(**REASONS[name][0])
+    one, two = (run_job(spec, world_size=n, staging_dir=tmp_path / str(n)) for n in (1, 2))
+    error = np.max(np.abs(np.array(two.curve("train/loss")) / np.array(one.curve("train/loss")) - 1))
+    assert error > 1e-6
+
+
+def test_a_job_that_has_to_be_exact_fails_where_it_is_not(tmp_path):
+    spec = _brought_spec(**REASONS["draws from torch"][0], exactness={"require": True})
+    for rank in run_gang(spec, world_size=2, staging_dir=tmp_path):
+        assert (rank.errored.cause, rank.errored.error_type) == ("user", "NotExact")
+        assert rank.errored.message.startswith("exactness.require: ")
+        assert "random numbers" in rank.errored.message
+        assert not rank.staged_dirs
+
+
+REHEARSED = {"workers": 3, "exactness": {"require": True, "rehearse": {"worlds": [1, 2], "steps": 3}}}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        brought("all_dropouts"),
+        brought("plain", momentum=None),
+        # Its bias stays zero but for rounding, of which no two worlds agree on a digit.
+        brought("zero_bias_before_a_norm"),
+    ],
+    ids=lambda model: model["factory"].partition(":")[2],
+)
+def test_a_rehearsal_of_what_is_exact_says_so_and_leaves_no_trace(model, tmp_path):
+    plain = run_job(_brought_spec(model=model), world_size=3, staging_dir=tmp_path / "plain")
+    rehearsed = run_job(_brought_spec(model=model, **REHEARSED), world_size=3, staging_dir=tmp_path / "rehearsed")
+    assert _verdict(rehearsed).rehearsed.startswith("Rehearsed 3 steps in float64 on 1 and on 2 worker(s)")
+    assert rehearsed.curve("train/loss") == plain.curve("train/loss")
+    _assert_same_model(rehearsed, plain, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["couples_samples", "keeps_a_buffer"])
+def test_a_rehearsal_finds_what_only_a_comparison_shows(name, tmp_path):
+    spec = _brought_spec(model=brought(name), precision="float32", **REHEARSED)
+    for rank in run_gang(spec, world_size=3, staging_dir=tmp_path):
+        assert (rank.errored.cause, rank.errored.error_type) == ("user", "NotExact")
+        assert rank.errored.message.startswith("exactness.rehearse: Rehearsed 3 steps in float64 on 1 and on 2")
+        assert not rank.staged_dirs
+
+
 def test_float32_agrees_one_step_at_a_time(tmp_path):
     # Over many steps float32 proves nothing, since training is chaotic: each step starts from the same state.
     spec = job_spec(steps=21, checkpoint={"every_steps": 1})
@@ -97,6 +214,25 @@ def test_a_loss_that_does_not_weigh_every_sample_is_divided_by_its_global_weight
         for losses, norms in ranks:
             np.testing.assert_allclose(losses, truth[0], rtol=1e-12)
             np.testing.assert_allclose(norms, truth[1], rtol=1e-11)
+
+
+def _brought_spec(**overrides):
+    fields = {
+        "model": brought("plain"),
+        "dataset": {"factory": "builtin:digits", "args": {"test_fraction": 0.85}},
+        "batch": {"size": 8},
+        "schedule": {},
+        "steps": 4,
+        "precision": "float64",
+        "evaluation": {"batch_size": 512},
+        **overrides,
+    }
+    return job_spec(**fields)
+
+
+def _verdict(rank):
+    (found,) = rank.of(ExactnessFound)
+    return found
 
 
 def _residual_spec(**overrides):

@@ -15,7 +15,7 @@ from service.training.data import build_dataset
 from service.training.models import build_model
 from service.training.sampling import SampleOrder
 from tests.integration.training.brought_code import HERE
-from tests.integration.training.gang import MLP, job_spec, run_job
+from tests.integration.training.gang import job_spec, run_job
 
 SMALL = {"factory": "builtin:digits", "args": {"test_fraction": 0.8459}}  # 277 images to train on
 PLAIN = {"factory": f"{HERE}:plain"}
@@ -118,6 +118,14 @@ VARIANTS = {
         {"model": {"factory": f"{HERE}:all_dropouts"}, "activation_checkpointing": True},
     ),
     "dropout, checkpointed by the model": ([3, 4], {"model": {"factory": f"{HERE}:own_checkpoint"}}),
+    "dropout, checkpointed by the model, reentrant": (
+        [3],
+        {"model": {"factory": f"{HERE}:own_checkpoint", "args": {"use_reentrant": True}}},
+    ),
+    "watched at every step": (
+        [3, 6],
+        {"diagnostics": {"every_steps": 1, "gradient_noise": True, "input_drift": True}},
+    ),
     "dropout, checkpointed by both": (
         [3],
         {"model": {"factory": f"{HERE}:own_checkpoint"}, "activation_checkpointing": True},

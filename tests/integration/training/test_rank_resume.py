@@ -5,6 +5,7 @@ If they part at once, a part of the state is missing from the checkpoint, or the
 """
 
 from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from service.domain.spec import JobSpec
 from service.training.data import build_dataset
 from service.training.tasks import build_task
-from service.training.trainer import Trainer
+from service.training.trainer import Trainer, wrap
 from service.training.world import World
 from tests.integration.training.gang import JOB_ID, MLP, job_spec, run_gang, run_job
 from tests.ranks import run_ranks
@@ -87,6 +88,8 @@ def _weights_of_the_same_step_twice(rank, spec_json, settle):
     trainer = Trainer(spec=spec, dataset=dataset, task=build_task(spec.task), world=world)
     if settle:
         trainer.settle()
+    else:
+        trainer._parallel = wrap(trainer.model, world, finds_unused=False)
     start = trainer.capture()
     start = replace(start, model={name: tensor.clone() for name, tensor in start.model.items()})
     weights = []

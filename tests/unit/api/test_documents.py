@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from service.api import idempotency
 from service.api.limits import MAX_BODY_BYTES
 from service.api.problems import PROBLEM_TYPES
 from service.domain import catalog, spec
+from service.domain.catalog.augmentations import AUGMENTATIONS
 from service.domain.spec import parse_spec
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -22,18 +24,34 @@ SECTIONS: dict[str, tuple[type[BaseModel], str]] = {
     "The job": (spec.JobSpec, ""),
     "Model": (spec.ModelSpec, "model."),
     "Dataset": (spec.DatasetSpec, "dataset."),
+    "Task classification": (spec.ClassificationTask, "task."),
+    "Task segmentation": (spec.SegmentationTask, "task."),
+    "Task detection": (spec.DetectionTask, "task."),
+    "Task regression": (spec.RegressionTask, "task."),
+    "Task custom": (spec.CustomTask, "task."),
+    "Augmentation": (spec.AugmentationSpec, "augmentation."),
     "Optimizer sgd": (spec.SgdSpec, "optimizer."),
     "Optimizer adamw": (spec.AdamWSpec, "optimizer."),
+    "Optimizer lars": (spec.LarsSpec, "optimizer."),
     "Schedule": (spec.ScheduleSpec, "schedule."),
     "Batch": (spec.BatchSpec, "batch."),
     "Code": (spec.CodeSpec, "code."),
+    "Workers": (spec.Workers, "workers."),
     "Norm": (spec.NormSpec, "norm."),
+    "Ema": (spec.EmaSpec, "ema."),
+    "Early stopping": (spec.EarlyStoppingSpec, "early_stopping."),
+    "Loading": (spec.LoadingSpec, "loading."),
+    "Diagnostics": (spec.DiagnosticsSpec, "diagnostics."),
+    "Exactness": (spec.ExactnessSpec, "exactness."),
+    "Rehearsal": (spec.RehearsalSpec, "exactness.rehearse."),
     "Resources": (spec.ResourcesSpec, "resources."),
     "Checkpoint": (spec.CheckpointSpec, "checkpoint."),
+    "Keep best": (spec.KeepBestSpec, "checkpoint.keep_best."),
     "Evaluation": (spec.EvaluationSpec, "evaluation."),
     "Retry": (spec.RetrySpec, "retry."),
     **{f"Model {name}": (schema, "model.args.") for name, schema in catalog.MODELS.items()},
     **{f"Dataset {name}": (schema, "dataset.args.") for name, schema in catalog.DATASETS.items()},
+    **{f"Augmentation {name}": (schema, "augmentation.args.") for name, schema in AUGMENTATIONS.items()},
 }
 
 
@@ -64,10 +82,19 @@ def test_every_field_of_a_job_is_documented(section):
             assert default == "required", name
         else:
             value = field.get_default(call_default_factory=True)
-            expected = "the defaults below" if isinstance(value, BaseModel) else f"`{json.dumps(value)}`"
+            # Where a number stands for a part, as that of the workers, it is the default.
+            plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+            is_part = isinstance(value, BaseModel) and isinstance(plain, dict)
+            expected = "the defaults below" if is_part else f"`{json.dumps(plain)}`"
             assert default == expected, name
-        missing = {number for number in _bounds(schema["properties"][name]) if number not in limits}
+        missing = {number for number in _bounds(_of_field(schema, name)) if number not in limits}
         assert not missing, f"{prefix}{name}: {missing} not in {limits!r}"
+
+
+def _of_field(schema: dict[str, Any], name: str) -> object:
+    """Return the schema of a field; workers are a number or a mapping, whose fields are in the latter."""
+    mapping = schema if "properties" in schema else schema["anyOf"][1]
+    return mapping["properties"][name]
 
 
 def _bounds(schema: object) -> set[str]:
@@ -100,10 +127,22 @@ def test_factories_are_listed():
         limits = rows(field)[f"{field.lower()}.factory"][2]
         assert re.findall(r"`([^`]+)`", limits) == sorted(known)
 
+    assert re.findall(r"`([^`]+)`", rows("Augmentation")["augmentation.name"][2]) == list(AUGMENTATIONS)
 
-def test_the_job_in_the_reference_is_one():
-    (block,) = re.findall(r"```yaml\n(.*?)```", JOBS, re.DOTALL)
-    assert parse_spec(yaml.safe_load(block)).workers.max == 4
+
+def test_the_jobs_in_the_reference_are_some():
+    whole, *parts = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", JOBS, re.DOTALL))
+    assert parse_spec(whole).workers == spec.Workers(min=4, max=4)
+    for part in parts:
+        parse_spec({**whole, **part})
+
+
+def test_every_link_within_the_reference_leads_somewhere():
+    places = {
+        re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", JOBS, re.MULTILINE)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", JOBS)) <= places
 
 
 def test_every_route_is_documented(api):

@@ -100,7 +100,7 @@ def test_what_leaves_the_checkpoint_loadable_may_change(changes):
         ({"model": {"factory": "builtin:small-resnet"}}, "model.factory"),
         ({"model.args.hidden_sizes": [8]}, "model.args"),
         ({"dataset": {"factory": "package.module:function"}}, "dataset.factory"),
-        ({"task": "segmentation"}, "task.name"),
+        ({"task": "regression"}, "task.name"),
         ({"task": {"factory": "package.module:function"}}, "task.name"),
         ({"train_function": "package.module:function"}, "train_function"),
         ({"norm.kind": "group"}, "norm.kind"),

@@ -23,7 +23,7 @@ from service.client.stream import StreamItem, stream_job
 from service.client.uploads import send_upload
 from service.domain.job import Attempt, Checkpoint, Event, Job, JobStatus
 from service.domain.ports import ClusterSnapshot, JobPage
-from service.domain.spec import JobSpec
+from service.domain.spec import STORED, JobSpec
 from service.domain.uploads import Upload
 
 MANIFEST = "manifest.json"
@@ -383,7 +383,7 @@ def _given(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse(model: type[Model], data: object) -> Model:
     try:
-        return model.model_validate(data)
+        return model.model_validate(data, context=STORED)  # of whatever version the service is
     except ValidationError:
         raise UnexpectedAnswer(_OTHER_VERSION) from None
 

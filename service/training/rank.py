@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from service.domain.rank_protocol import Errored, RankTask
+from service.domain.spec import STORED
 from service.training.channel import Channel
 from service.training.errors import ChannelClosed, CheckpointFailed
 from service.training.loop import train
@@ -38,7 +39,7 @@ def main(task_json: str, channel_fd: int) -> int:
 
 def _run(task_json: str, channel: Channel) -> int:
     try:
-        task = RankTask.model_validate_json(task_json)
+        task = RankTask.model_validate_json(task_json, context=STORED)
         torch.set_num_threads(task.num_threads)
         channel.send(train(task, channel))
     except ChannelClosed as error:

@@ -1,6 +1,6 @@
 """What a user submits, part by part."""
 
-from service.domain.spec.base import SpecModel, problem
+from service.domain.spec.base import STORED, SpecModel, problem
 from service.domain.spec.batch import BatchSpec, Workers
 from service.domain.spec.checkpoint import CheckpointSpec, KeepBestSpec
 from service.domain.spec.execution import (
@@ -37,6 +37,7 @@ from service.domain.spec.task import (
 )
 
 __all__ = [
+    "STORED",
     "AdamWSpec",
     "AugmentationSpec",
     "BatchSpec",

@@ -1,5 +1,6 @@
 """What all parts of a specification have in common."""
 
+from types import MappingProxyType
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
@@ -7,6 +8,9 @@ from pydantic_core import PydanticCustomError
 
 # A metric's name, such as eval/accuracy.
 MetricName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+(/[A-Za-z0-9_.@-]+)+$", max_length=200)]
+
+STORED = MappingProxyType({"stored": True})
+"""The context in which a specification is read back that was accepted before; what is asked of new ones may differ."""
 
 
 class SpecModel(BaseModel):

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, model_validator
 
 from service.domain.catalog import DATASETS, MODELS, FactoryArguments
 from service.domain.catalog.arguments import EXTERNAL_FACTORY, EXTERNAL_LIBRARY
 from service.domain.catalog.augmentations import AUGMENTATIONS
-from service.domain.spec.base import SpecModel, problem
+from service.domain.spec.base import STORED, SpecModel, problem
 from service.domain.spec.problems import field_problems
 
 FactoryName = Annotated[str, Field(min_length=1, max_length=200)]
@@ -37,7 +37,9 @@ class FactorySpec(SpecModel):
     libraries: ClassVar[bool] = False
 
     @model_validator(mode="after")
-    def _known_factory_with_fitting_arguments(self) -> Self:
+    def _known_factory_with_fitting_arguments(self, info: ValidationInfo) -> Self:
+        if info.context is STORED:
+            return self  # with the defaults of its time
         if EXTERNAL_FACTORY.fullmatch(self.factory) or (self.libraries and EXTERNAL_LIBRARY.fullmatch(self.factory)):
             return self  # only a rank can tell what it takes
         schema = self.catalog.get(self.factory)
@@ -77,7 +79,9 @@ class AugmentationSpec(SpecModel):
     args: FactoryArgs = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _known_with_fitting_arguments(self) -> Self:
+    def _known_with_fitting_arguments(self, info: ValidationInfo) -> Self:
+        if info.context is STORED:
+            return self
         if (self.name is None) == (self.factory is None):
             raise problem("name", "give either name or factory, and not both.")
         if self.name is None:

@@ -6,13 +6,13 @@ import re
 from itertools import islice
 from typing import Annotated, Literal, Self, TypedDict
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.domain import catalog
 from service.domain.batch_plan import MAX_WORLD_SIZE, BatchPlan, MemoryHint, NoPlan, has_plan, plan_batch
 from service.domain.placement import Resources
-from service.domain.spec.base import SpecModel, problem
+from service.domain.spec.base import STORED, SpecModel, problem
 from service.domain.spec.batch import BatchSpec, Workers
 from service.domain.spec.checkpoint import CheckpointSpec
 from service.domain.spec.execution import (
@@ -111,8 +111,19 @@ class JobSpec(SpecModel):
     timeout_s: Annotated[float | None, Field(gt=0, le=10**8, description="of running time, over all attempts")] = None
     priority: Annotated[int, Field(ge=-1000, le=1000, description="higher starts first")] = 0
 
+    @classmethod
+    def from_stored(cls, text: str) -> Self:
+        """Return a job that was accepted before, from its JSON, whatever is asked of new ones by now.
+
+        Raises:
+            pydantic.ValidationError: it has not the shape of a specification at all.
+        """
+        return cls.model_validate_json(text, context=STORED)
+
     @model_validator(mode="after")
-    def _parts_agree(self) -> Self:
+    def _parts_agree(self, info: ValidationInfo) -> Self:
+        if info.context is STORED:
+            return self
         if (self.steps is None) == (self.epochs is None):
             raise problem("steps", "give either steps or epochs, and not both.")
         samples = catalog.num_training_samples(self.dataset.factory, self.dataset.args)
@@ -132,7 +143,9 @@ class JobSpec(SpecModel):
         return self
 
     @model_validator(mode="after")
-    def _options_fit_the_rest(self) -> Self:
+    def _options_fit_the_rest(self, info: ValidationInfo) -> Self:
+        if info.context is STORED:
+            return self
         if self.precision == "float16" and self.nonfinite == "stop":
             # Its scaler finds the largest scale by going beyond it: skipping such steps is how it works.
             object.__setattr__(self, "nonfinite", "skip")
@@ -168,7 +181,7 @@ class JobSpec(SpecModel):
             if not self.workers.is_elastic:
                 self.batch_plan(self.workers.min)
                 self.tail_plan(self.workers.min)
-            elif not self.exact_worlds():
+            elif not any(self._has_plan(world) for world in range(self.workers.max, self.workers.min - 1, -1)):
                 self.batch_plan(self.workers.max)
                 self.tail_plan(self.workers.max)
         except NoPlan as error:

@@ -64,9 +64,12 @@ def exempt_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _groups(spec: OptimizerSpec, model: nn.Module, *, of_exempt: dict[str, Any]) -> list[dict[str, Any]]:
-    """Split a model's parameters; a group that would be empty, or like the other, is left out."""
+    """Split a model's parameters; a group that would be empty is left out.
+
+    Which groups there are does not depend on the size of the decay, so that a fork may change it.
+    """
     settings = dict(of_exempt)
-    if spec.weight_decay and not spec.decay_norm_and_bias:
+    if not spec.decay_norm_and_bias:
         settings["weight_decay"] = 0.0
     parameters = list(model.parameters())
     exempt = set(exempt_parameters(model)) if settings else set()

@@ -1,5 +1,6 @@
 """Making and keeping the tables. A failure means that a database cannot be brought to what the code expects."""
 
+import json
 import re
 import subprocess
 import sys
@@ -16,6 +17,32 @@ from service.store import SqlStore, migrate
 from service.store.engine import create_engine
 from service.store.tables import metadata
 from tests.contract.store_examples import make_spec
+
+
+# As that version wrote it down.
+OF_THE_FIRST_VERSION = {
+    "name": "digits",
+    "labels": {},
+    "task": "classification",
+    "model": {"factory": "builtin:mlp", "args": {"hidden_sizes": [32]}},
+    "dataset": {"factory": "builtin:digits", "args": {"test_fraction": 0.2, "split_seed": 0}},
+    "optimizer": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4},
+    "schedule": {"name": "cosine", "warmup_steps": 0, "final_fraction": 0.0},
+    "batch": {"size": 16, "normalization_size": None, "max_per_rank": None},
+    "workers": 4,
+    "steps": 10,
+    "epochs": None,
+    "seed": 0,
+    "norm": {"kind": "sync", "momentum": None, "eps": None, "skip_nonfinite": True},
+    "precision": "float32",
+    "gradient_clip_norm": None,
+    "resources": {"cpus_per_rank": 1.0, "gpus_per_rank": 0, "memory_bytes_per_rank": None},
+    "checkpoint": {"every_steps": 100, "keep_last": 3},
+    "evaluation": {"every_steps": None, "batch_size": 64},
+    "retry": {"budget": 3},
+    "timeout_s": None,
+    "priority": 0,
+}
 
 
 def definitions(engine):
@@ -116,11 +143,11 @@ def test_jobs_of_the_first_version_live_on(empty_url, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(alembic.command, "upgrade", lambda config, _, to=alembic.command.upgrade: to(config, "0001"))
         migrate(empty_url)
-    spec = make_spec()
+    spec = OF_THE_FIRST_VERSION
     engine = create_engine(empty_url)
     with engine.begin() as connection:
         values = {
-            "id": "job-old", "name": spec.name, "priority": 0, "spec": spec.model_dump_json(), "status": "failed",
+            "id": "job-old", "name": spec["name"], "priority": 0, "spec": json.dumps(spec), "status": "failed",
             "reason": "rank_lost", "message": "", "attempt": 0, "retries_used": 3, "step": 0, "position": 0,
             "running_s": 0.0, "cancel_requested": False, "created_at": "2026-01-01 00:00:00",
         }  # fmt: skip
@@ -131,6 +158,10 @@ def test_jobs_of_the_first_version_live_on(empty_url, monkeypatch):
     migrate(empty_url)
     store = SqlStore(empty_url)
     job = store.resume("job-old")
+    assert job.spec.task.name == "classification"
+    assert (job.spec.workers.min, job.spec.workers.max) == (4, 4)
+    # Its checkpoints hold one group of parameters, all of which decay.
+    assert (job.spec.optimizer.weight_decay, job.spec.optimizer.decay_norm_and_bias) == (5e-4, True)
     assert (job.status, job.retries_used) == (JobStatus.QUEUED, 0)
     assert (job.pause_requested, job.workers_wanted, job.resize_requested, job.forked_from) == (
         False,

@@ -899,3 +899,14 @@ def test_early_stopping_looks_at_evaluations():
     data = _with("early_stopping", {"metric": "train/loss", "mode": "min"}, _with("evaluation.every_steps", 5))
     assert _only_problem(data).field == "early_stopping.metric"
     parse_spec(_with("early_stopping.metric", "eval/loss", data))
+
+
+def test_a_job_that_was_accepted_before_is_read_whatever_is_asked_of_new_ones():
+    stored = json.loads(parse_spec(MINIMAL).model_dump_json())
+    stored |= {"task": "segmentation", "batch": {"size": 10**6}, "workers": 17}
+    stored["model"] = {"factory": "builtin:of-another-time", "args": {"x": 1}}
+    _refusal(stored)
+    spec = JobSpec.from_stored(json.dumps(stored))
+    assert (spec.model.factory, spec.model.args, spec.workers.min) == ("builtin:of-another-time", {"x": 1}, 17)
+    with pytest.raises(ValidationError):
+        JobSpec.from_stored('{"name": "x"}')

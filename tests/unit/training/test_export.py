@@ -137,7 +137,8 @@ def test_what_training_attaches_stays_out(net, tmp_path, attached):
     ],
 )
 def test_builtin_models_can_be_exported(tmp_path, factory, args, task, shape):
-    spec = parse_spec(_spec(model={"factory": factory, "args": args}))
+    dataset = {"factory": "builtin:digits" if task == "classification" else f"builtin:digits-{task}"}
+    spec = parse_spec(_spec(model={"factory": factory, "args": args}, task=task, dataset=dataset))
     model = build_model(spec.model, input_shape=shape, num_outputs=3, task=task, seed=0)
     exported = export(_trained(model, shape), FORMATS, torch.randn(4, *shape), tmp_path)
     assert exported.warnings == ()

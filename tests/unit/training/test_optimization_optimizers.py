@@ -64,11 +64,18 @@ def test_weight_decay_leaves_norms_and_biases_alone(name):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-@pytest.mark.parametrize("options", [{"weight_decay": 0.0}, {"weight_decay": 0.1, "decay_norm_and_bias": True}])
-def test_where_all_are_alike_there_is_one_group(name, options):
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_where_all_decay_alike_there_is_one_group(name, weight_decay):
     model = Net()
-    optimizer = build(model, name=name, **options)
+    optimizer = build(model, name=name, weight_decay=weight_decay, decay_norm_and_bias=True)
     assert named_groups(model, optimizer) == [[name for name, _ in model.named_parameters()]]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_a_fork_may_turn_weight_decay_on_and_off(name):
+    model = Net()
+    without = build(model, name=name, weight_decay=0.0).state_dict()
+    build(model, name=name, weight_decay=0.1).load_state_dict(without)
 
 
 @pytest.mark.parametrize(("decays", "expected"), [(False, 0.0), (True, 0.1)])

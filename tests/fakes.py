@@ -11,7 +11,7 @@ import itertools
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -448,7 +448,8 @@ class FakeJobStore:
                     continue
                 if record.sequence != last + 1:
                     raise ValueError(f"record {record.sequence} follows {last}")
-                _take(row, number, record)
+                other = getattr(record.report, "job_id", None)
+                _take(row, number, record, row if other in (None, job_id) else self._row(other))
                 row.ran_until[number] = record.time
                 row.change_attempt(number, last_sequence=record.sequence)
             self._rows[job_id] = row
@@ -513,32 +514,36 @@ class FakeJobStore:
         with self._transaction():
             row = self._row(job_id)
             origin = row.job.forked_from
-            if row.counting() or origin is None:
-                return tuple(reversed(row.counting()))
-            found = self._row(origin.job_id).checkpoints.get((origin.attempt, origin.step))
-            return () if found is None else (found,)
+            own = row.counting()[::-1]
+            if origin is None:
+                return tuple(own)
+            parent, key = self._row(origin.job_id), (origin.attempt, origin.step)
+            is_there = key in parent.checkpoints and key not in parent.quarantined
+            return (*own, *([parent.checkpoints[key]] if is_there else []))
 
-    def pinned_checkpoints(self, job_id: str) -> frozenset[tuple[int, int]]:
+    def retire_checkpoint(self, lease: Lease, job_id: str, attempt: int, step: int) -> None:
+        with self._transaction(lease):
+            self._row(job_id).superseded_checkpoints.add((attempt, step))
+
+    def removable_checkpoints(self, job_id: str | None = None) -> tuple[Checkpoint, ...]:
         with self._transaction():
-            return frozenset(
-                (row.job.forked_from.attempt, row.job.forked_from.step)
+            needed = [
+                row.job.forked_from
                 for row in self._rows.values()
-                if row.job.forked_from is not None and row.job.forked_from.job_id == job_id and not row.counting()
+                if row.job.forked_from is not None and not row.counting() and not row.job.status.is_terminal
+            ]
+            return tuple(
+                row.checkpoints[attempt, step]
+                for row in (self._rows.values() if job_id is None else [self._row(job_id)])
+                for attempt, step in sorted(row.checkpoints, key=lambda key: key[::-1])
+                if (attempt, step) in row.superseded_checkpoints | row.quarantined
+                and Origin(job_id=row.job.id, attempt=attempt, step=step) not in needed
             )
 
-    def retire_checkpoint(self, lease: Lease, job_id: str, attempt: int, step: int) -> bool:
-        with self._transaction(lease):
-            if (attempt, step) in self.pinned_checkpoints(job_id):
-                return False
-            self._row(job_id).superseded_checkpoints.add((attempt, step))
-            return True
-
-    def removable_checkpoints(self, job_id: str) -> tuple[Checkpoint, ...]:
+    def committed_paths(self, job_id: str, attempt: int) -> frozenset[str]:
         with self._transaction():
-            row, pinned = self._row(job_id), self.pinned_checkpoints(job_id)
-            left_out = (row.superseded_checkpoints | row.quarantined) - pinned
-            found = [one for key, one in row.checkpoints.items() if key in left_out]
-            return tuple(sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.attempt)))
+            found = self._row(job_id).checkpoints.items()
+            return frozenset(checkpoint.path for (number, _), checkpoint in found if number == attempt)
 
     def forget_checkpoint(self, lease: Lease, job_id: str, attempt: int, step: int) -> None:
         with self._transaction(lease):
@@ -569,7 +574,7 @@ class FakeJobStore:
         return self._rows[job_id]
 
 
-def _take(row: _Row, number: int, record: JournalRecord) -> None:
+def _take(row: _Row, number: int, record: JournalRecord, damaged: _Row) -> None:
     time = record.time
     match record.report:
         case Launched(supervisor_pid=pid):
@@ -622,10 +627,11 @@ def _take(row: _Row, number: int, record: JournalRecord) -> None:
             )
             row.change(step=max(step, row.job.step))
             row.add_event("checkpoint", f"Checkpoint of step {step}.", time=time, step=step)
-        case CheckpointQuarantined(step=step, message=message):
-            counting = row.checkpoints.keys() - row.superseded_checkpoints
-            row.quarantined |= {key for key in counting if key[1] == step}
-            row.add_event("checkpoint_quarantined", message, time=time, step=step)
+        case CheckpointQuarantined(step=step, message=message, attempt=attempt):
+            counting = damaged.checkpoints.keys() - damaged.superseded_checkpoints
+            keys = counting if attempt is None else {(attempt, step)}
+            damaged.quarantined |= {key for key in keys if key[1] == step}
+            row.add_event("checkpoint_quarantined", message, time=time, step=step, job_id=damaged.job.id)
         case Warned(message=message, rank=rank):
             row.add_event("warning", message, time=time, rank=rank)
         case ExactnessFound(exact=exact, reasons=reasons) as report:
@@ -727,6 +733,16 @@ class FakeRunFiles:
     def remove_checkpoint(self, path: str) -> None:
         for name in [name for name in self.files if name.startswith(f"{path}/")]:
             del self.files[name]
+
+    def remove_uncommitted(self, job_id: str, attempt: int, committed: Set[str]) -> None:
+        below = f"jobs/{job_id}/attempts/{attempt}/checkpoints/"
+        for name in [
+            name for name in self.files if name.startswith(below) and name.rpartition("/")[0] not in committed
+        ]:
+            del self.files[name]
+
+    def remove_partial_uploads(self, older_than_s: float) -> None:
+        pass  # whatever is here is whole
 
     def _file(self, path: str) -> bytes:
         if path not in self.files:

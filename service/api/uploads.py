@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from service.api.idempotency import OWNER
 from service.api.problems import BODY_INVALID, Refused
 from service.domain.errors import FieldProblem, InvalidSpec, InvalidUpload, NotFound, StorageError
+from service.domain.ports import RunFiles
 from service.domain.spec import JobSpec
 from service.domain.uploads import (
     MAX_BUNDLE_BYTES,
@@ -30,6 +31,7 @@ from service.domain.uploads import (
 )
 
 BLOCK_BYTES = 1 << 20
+MAX_UPLOADS_PER_JOB = 1000
 ROUTES: Mapping[UploadKind, str] = MappingProxyType(
     {UploadKind.BUNDLE: "/v1/bundles", UploadKind.DATASET: "/v1/datasets"}
 )
@@ -114,15 +116,29 @@ async def upload_hash_of(
 UploadHash = Annotated[str, Depends(upload_hash_of)]
 
 
-def found_upload(uploads: Uploads, kind: UploadKind, sha256: str) -> Upload:
-    """Return an upload.
+def found_upload(uploads: Uploads, files: RunFiles, kind: UploadKind, sha256: str) -> Upload:
+    """Return an upload that is listed and in run storage.
+
+    Args:
+        uploads: the list of them.
+        files: run storage.
+        kind: what it is.
+        sha256: of its bytes.
 
     Raises:
-        NotFound: there is none.
+        NotFound: there is none, or its file is missing or has another size: sending it again puts it right.
     """
     upload = uploads.rows.find_upload(kind, sha256)
     if upload is None:
         raise NotFound(f"There is no {kind} {sha256}. Upload it: `{_COMMANDS[kind]}`.")
+    try:
+        is_whole = files.size(uploads.files.path(upload)) == upload.size_bytes
+    except NotFound:
+        is_whole = False
+    if not is_whole:
+        raise NotFound(
+            f"Run storage has lost the {kind} {sha256}, or a part of it. Upload it again: `{_COMMANDS[kind]}`."
+        )
     return upload
 
 
@@ -136,11 +152,17 @@ def check_uploads(spec: JobSpec, rows: UploadStore) -> None:
     Raises:
         InvalidSpec: names the fields that name something else.
     """
-    named = [("code.bundle", UploadKind.BUNDLE, spec.code.bundle)] if spec.code.bundle is not None else []
-    named += [(reference.field, UploadKind.DATASET, reference.sha256) for reference in upload_references(spec)]
+    # Each once, by the first field that names it.
+    named = {} if spec.code.bundle is None else {(UploadKind.BUNDLE, spec.code.bundle): "code.bundle"}
+    for reference in upload_references(spec):
+        named.setdefault((UploadKind.DATASET, reference.sha256), reference.field)
+        if len(named) > MAX_UPLOADS_PER_JOB:
+            message = f"is one more than the {MAX_UPLOADS_PER_JOB} uploads that a job may name. Pack files together."
+            raise InvalidSpec(
+                "The job names too many uploads.", (FieldProblem(field=reference.field, message=message),)
+            )
     problems = []
-    for field, kind, sha256 in named:
-        assert sha256 is not None
+    for (kind, sha256), field in named.items():
         if not is_sha256(sha256):
             message = "is no upload. Write upload: and the 64 hexadecimal digits that `syncbn dataset FILE` printed."
             problems.append(FieldProblem(field=field, message=message))

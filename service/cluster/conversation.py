@@ -12,13 +12,10 @@ from service.cluster.rank_end import RankEnd
 from service.cluster.report_sender import ReportSender
 from service.domain.errors import ServiceError
 from service.domain.journal import Warned
-from service.domain.ports import Launch
+from service.domain.ports import UPLOAD_TIMEOUT_S, Launch
 from service.domain.rank_protocol import Errored, Finished, FromRank, Staged, parse_from_rank
 from service.storage.checkpoints import publish_checkpoint
 from service.storage.object_store import ObjectStore
-
-# How long the last checkpoint may take once the process is gone.
-UPLOAD_TIMEOUT_S = 600.0
 
 
 class Conversation:

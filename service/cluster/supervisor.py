@@ -192,7 +192,14 @@ class Supervisor:
                 try:
                     await asyncio.to_thread(fetch_checkpoint, self._store, checkpoint, Path(scratch))
                 except CorruptCheckpoint as error:
-                    self._journal.add(CheckpointQuarantined(step=checkpoint.step, message=str(error)))
+                    self._journal.add(
+                        CheckpointQuarantined(
+                            step=checkpoint.step,
+                            message=str(error),
+                            job_id=checkpoint.job_id,
+                            attempt=checkpoint.attempt,
+                        )
+                    )
                 else:
                     return checkpoint
         return None

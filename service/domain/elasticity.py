@@ -17,11 +17,10 @@ def worlds_of(job: Job) -> tuple[int, ...]:
     Its owner may have asked for fewer workers than its specification allows.
     """
     worlds = exact_worlds(job.spec)
-    if job.workers_wanted is None:
-        return worlds
-    wanted = tuple(world for world in worlds if world <= job.workers_wanted)
-    assert wanted, "only exact numbers of workers can be asked for"
-    return wanted
+    if job.workers_wanted is not None:
+        worlds = tuple(world for world in worlds if world <= job.workers_wanted)
+    # None are left only of a job that an earlier version accepted; it is for its attempt to say what is wrong.
+    return worlds or (job.spec.workers.min,)
 
 
 def exact_worlds(spec: JobSpec) -> tuple[int, ...]:

@@ -10,6 +10,8 @@ from service.domain.spec import JobSpec, parse_spec
 
 # Kinds of norm whose layers have the same parameters and buffers.
 _SAME_NORM_LAYERS = (frozenset({"sync", "local", "frozen"}), frozenset({"group"}), frozenset({"none"}))
+# Fields of a specification that are of one kind or another: with another ``name`` or ``factory``, all else goes.
+_OF_KINDS = frozenset({"dataset", "model", "optimizer", "schedule", "task"})
 # So many steps are named in an error.
 _SHOWN = 12
 
@@ -58,25 +60,26 @@ def plan_fork(parent: Job, checkpoints: Sequence[Checkpoint], request: ForkReque
 def changed(spec: JobSpec, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return a specification as a document with changes; not checked yet.
 
-    A mapping changes the fields that it names; one that names another kind of thing (``name``, ``factory``) takes the
-    place of all of them, whose fields would not fit it. ``steps`` and ``epochs`` replace each other.
+    A mapping changes the fields that it names; one that names another kind of model, dataset, task, optimizer or
+    schedule takes the place of all of its fields, which would not fit it. ``steps`` and ``epochs`` replace each other.
 
     Args:
         spec: what to begin with.
         changes: nested, or by dotted paths such as ``optimizer.learning_rate``.
+
+    Raises:
+        InvalidSpec: a field is given twice.
     """
     document = spec.model_dump(mode="json")
     document["workers"] = {"min": spec.workers.min, "max": spec.workers.max}
+    nested = _nested(changes)
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
-        if changes.get(one) is not None and other not in changes:
+        if nested.get(one) is not None and other not in nested:
             document[other] = None
-    for path, value in changes.items():
-        # Labels may have dots in their names.
-        first, *rest = path.split(".", 1) if path.startswith("labels.") else path.split(".")
-        nested = value
-        for part in reversed(rest):
-            nested = {part: nested}
-        document[first] = _merged(document.get(first), nested)
+    for field_name, change in nested.items():
+        base = document.get(field_name)
+        is_another = field_name in _OF_KINDS and _names_another_kind(base, change)
+        document[field_name] = change if is_another else _merged(base, change)
     return document
 
 
@@ -128,11 +131,42 @@ def _chosen(parent: Job, checkpoints: Sequence[Checkpoint], step: int | None) ->
     raise InvalidSpec(f"Job {parent.id} cannot be forked like this.", (problem,))
 
 
+def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return changes as one document, whatever of them were given by dotted paths."""
+    document: dict[str, Any] = {}
+    for path, value in changes.items():
+        # Labels may have dots in their names.
+        parts = path.split(".", 1) if path.startswith("labels.") else path.split(".")
+        for part in reversed(parts):
+            value = {part: value}
+        _add(document, value, above="")
+    return document
+
+
+def _add(document: dict[str, Any], change: Mapping[str, Any], *, above: str) -> None:
+    for key, value in change.items():
+        path = f"{above}{key}"
+        if key not in document:
+            document[key] = value
+        elif isinstance(document[key], Mapping) and isinstance(value, Mapping):
+            document[key] = dict(document[key])  # not the caller's
+            _add(document[key], value, above=f"{path}.")
+        else:
+            problem = FieldProblem(field=path, message="is given twice in the changes. Keep one of them.")
+            raise InvalidSpec("The job cannot be forked like this.", (problem,))
+
+
+def _names_another_kind(base: object, change: object) -> bool:
+    return (
+        isinstance(base, Mapping)
+        and isinstance(change, Mapping)
+        and any(key in change and change[key] != base.get(key) for key in ("name", "factory"))
+    )
+
+
 def _merged(base: object, change: object) -> object:
     if not isinstance(change, Mapping):
         return change
-    if not isinstance(base, Mapping) or any(
-        key in change and change[key] != base.get(key) for key in ("name", "factory")
-    ):
+    if not isinstance(base, Mapping):
         return dict(change)
     return {**base, **{key: _merged(base.get(key), value) for key, value in change.items()}}

@@ -24,11 +24,18 @@ class Launched(Report):
 
 
 class CheckpointQuarantined(Report):
-    """A checkpoint failed its verification and is not used."""
+    """A checkpoint failed its verification and is not used.
+
+    Attributes:
+        job_id: whose it is; None: the job's own.
+        attempt: which attempt wrote it; None: the one whose checkpoint of that step counts.
+    """
 
     kind: Literal["checkpoint_quarantined"] = "checkpoint_quarantined"
     step: int
     message: str
+    job_id: str | None = None
+    attempt: int | None = None
 
 
 class Resumed(Report):

@@ -1,23 +1,20 @@
 """Which checkpoints of a job are kept; a pure decision."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from service.domain.job import Checkpoint
 from service.domain.spec import CheckpointSpec, KeepBestSpec
 
 
-def to_remove(
-    checkpoints: Sequence[Checkpoint], policy: CheckpointSpec, *, pinned: Collection[tuple[int, int]] = ()
-) -> tuple[Checkpoint, ...]:
+def to_remove(checkpoints: Sequence[Checkpoint], policy: CheckpointSpec) -> tuple[Checkpoint, ...]:
     """Return the checkpoints that no rule keeps, by step.
 
     Args:
         checkpoints: those of one job that count, in any order.
         policy: of the job: the newest, the best, those of every n-th step; whatever one rule keeps is kept.
-        pinned: attempt and step of those that another job still needs.
     """
     by_step = sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
-    kept = {_key(checkpoint) for checkpoint in by_step[-policy.keep_last :]} | set(pinned)
+    kept = {_key(checkpoint) for checkpoint in by_step[-policy.keep_last :]}
     if policy.keep_best is not None:
         kept |= {_key(checkpoint) for checkpoint in _best(by_step, policy.keep_best)}
     if policy.keep_every_steps is not None:

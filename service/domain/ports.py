@@ -1,6 +1,6 @@
 """What the parts need of each other. One contract suite per port runs on every implementation, fakes included."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -22,6 +22,9 @@ from service.domain.journal import JournalRecord
 from service.domain.placement import Node
 from service.domain.spec import JobSpec
 from service.domain.uploads import NODE_CACHE_BYTES, PREPARE_TIMEOUT_S
+
+# How long the last checkpoint of an attempt may take to reach run storage once its process is gone.
+UPLOAD_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +317,7 @@ class SchedulerStore(Protocol):
     def resumable_checkpoints(self, job_id: str) -> tuple[Checkpoint, ...]:
         """Return committed checkpoints that were not superseded or quarantined, newest first.
 
-        A fork that has none of its own gets the one that it was forked from, under the job that wrote it.
+        In a fork the one that it was forked from comes last, under the job that wrote it, for as long as it is there.
         """
         ...
 
@@ -322,16 +325,20 @@ class SchedulerStore(Protocol):
         """Return the committed checkpoints of a job that count, by step. Raises ``NotFound``."""
         ...
 
-    def pinned_checkpoints(self, job_id: str) -> frozenset[tuple[int, int]]:
-        """Return attempt and step of the checkpoints of a job that a fork without one of its own still needs."""
+    def retire_checkpoint(self, lease: Lease, job_id: str, attempt: int, step: int) -> None:
+        """Let a checkpoint be neither listed nor resumed from, but for forks that begin at it already."""
         ...
 
-    def retire_checkpoint(self, lease: Lease, job_id: str, attempt: int, step: int) -> bool:
-        """Let a checkpoint be neither listed nor resumed from, unless it is pinned; whether that is so now."""
+    def removable_checkpoints(self, job_id: str | None = None) -> tuple[Checkpoint, ...]:
+        """Return the checkpoints whose files nobody needs, of one job or of all.
+
+        They were retired, superseded or quarantined, and no fork begins there that has not ended and has no checkpoint
+        of its own.
+        """
         ...
 
-    def removable_checkpoints(self, job_id: str) -> tuple[Checkpoint, ...]:
-        """Return the checkpoints whose files nobody needs: retired, superseded or quarantined, and not pinned."""
+    def committed_paths(self, job_id: str, attempt: int) -> frozenset[str]:
+        """Return the directories of the checkpoints of an attempt that have a row, whether or not they count."""
         ...
 
     def forget_checkpoint(self, lease: Lease, job_id: str, attempt: int, step: int) -> None:
@@ -447,4 +454,12 @@ class RunFiles(Protocol):
 
     def remove_checkpoint(self, path: str) -> None:
         """Remove a checkpoint's directory, its manifest first; nothing if it is not there."""
+        ...
+
+    def remove_uncommitted(self, job_id: str, attempt: int, committed: Set[str]) -> None:
+        """Remove what an attempt that is sealed left of checkpoints, but for the directories that were committed."""
+        ...
+
+    def remove_partial_uploads(self, older_than_s: float) -> None:
+        """Remove what is left of uploads that were cut short so many seconds ago."""
         ...

@@ -76,7 +76,8 @@ def _widened(start: Start, room: Room) -> Start:
     """Return the start on the largest exact world that fits, and take the room for it."""
     amount = start.job.spec.resources_per_rank
     room.give(Counter(start.node_ids), amount)
-    placed = (room.place(world, amount) for world in worlds_of(start.job))
-    node_ids = next(node_ids for node_ids in placed if node_ids is not None)  # the smallest fits
+    num_fitting = room.num_fitting(amount)
+    node_ids = room.place(next(world for world in worlds_of(start.job) if world <= num_fitting), amount)
+    assert node_ids is not None, "it has places already"
     room.take(Counter(node_ids), amount)
     return Start(job=start.job, node_ids=node_ids)

@@ -1,5 +1,6 @@
 """Which running jobs go on with more or fewer workers; a pure decision."""
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def _room_to_spare(coming: Room, live: Sequence[LiveAttempt]) -> Room:
 
 
 def _fits(job: Job, room: Room) -> bool:
-    return room.place(worlds_of(job)[-1], job.spec.resources_per_rank) is not None
+    return worlds_of(job)[-1] <= room.num_fitting(job.spec.resources_per_rank)
 
 
 def _make_room(head: Job, movable: Sequence[LiveAttempt], coming: Room) -> tuple[Resize, ...]:
@@ -127,17 +128,22 @@ def _make_room(head: Job, movable: Sequence[LiveAttempt], coming: Room) -> tuple
 
 def _least_shrink(head: Job, entry: LiveAttempt, coming: Room) -> Resize | None:
     """Return the least shrink of one job that lets another start, or else its greatest; None if it can spare none."""
-    shrink = None
-    for world in worlds_of(entry.job):
-        if world >= entry.attempt.world_size:
-            continue
+    shrinks = [world for world in worlds_of(entry.job) if world < entry.attempt.world_size]
+    if not shrinks:
+        return None
+
+    def shrunk(world: int) -> Resize:
         message = f"Asked to stop: to go on with {world} worker(s), so that job {head.id} can start."
-        shrink = Resize(live=entry, node_ids=_part(entry, world), message=message)
+        return Resize(live=entry, node_ids=_part(entry, world), message=message)
+
+    def is_enough(world: int) -> bool:
         trial = coming.copy()
-        _apply(shrink, trial)
-        if _fits(head, trial):
-            break
-    return shrink
+        _apply(shrunk(world), trial)
+        return _fits(head, trial)
+
+    # The fewer stay, the more room there is on every node: what is enough for one world is for all below it.
+    least = bisect_left(shrinks, True, key=is_enough)
+    return shrunk(shrinks[min(least, len(shrinks) - 1)])
 
 
 def _needed(head: Job, shrinks: Sequence[Resize], coming: Room) -> tuple[Resize, ...]:
@@ -163,12 +169,12 @@ def _apply(shrink: Resize, room: Room, *, undo: bool = False) -> None:
 
 
 def _part(entry: LiveAttempt, world: int) -> tuple[str, ...]:
-    """Return places for fewer ranks among those that an attempt has."""
-    amount = entry.job.spec.resources_per_rank
-    own = Room({node_id: amount.times(count) for node_id, count in Counter(entry.attempt.node_ids).items()})
-    node_ids = own.place(world, amount)
-    assert node_ids is not None
-    return node_ids
+    """Return places for fewer ranks among those that an attempt has: on the nodes with the most of them.
+
+    Those for a smaller world are among those for a larger one.
+    """
+    own = sorted(Counter(entry.attempt.node_ids).items(), key=lambda item: (-item[1], item[0]))
+    return tuple(node_id for node_id, count in own for _ in range(count))[:world]
 
 
 def _grow(movable: Sequence[LiveAttempt], room: Room, settled: Set[tuple[str, int]]) -> list[Resize]:
@@ -179,8 +185,9 @@ def _grow(movable: Sequence[LiveAttempt], room: Room, settled: Set[tuple[str, in
             continue
         amount, own = entry.job.spec.resources_per_rank, Counter(entry.attempt.node_ids)
         room.give(own, amount)
-        larger = [world for world in worlds_of(entry.job) if world > entry.attempt.world_size]
-        places = next((placed for world in larger if (placed := room.place(world, amount)) is not None), None)
+        num_fitting = room.num_fitting(amount)
+        most = next((world for world in worlds_of(entry.job) if world <= num_fitting), 0)
+        places = room.place(most, amount) if most > entry.attempt.world_size else None
         if places is None:
             room.take(own, amount)
             continue

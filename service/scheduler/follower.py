@@ -8,15 +8,25 @@ from datetime import datetime
 from service.domain.job import AttemptStatus, Failure, Job, Outcome, Reason
 from service.domain.journal import CheckpointWritten, Ended, JournalRecord, Resumed, utc_now
 from service.domain.keeping import to_remove
-from service.domain.ports import Cluster, Lease, LiveAttempt, RunFiles, SchedulerStore, SupervisorState
+from service.domain.ports import (
+    UPLOAD_TIMEOUT_S,
+    Cluster,
+    Lease,
+    LiveAttempt,
+    RunFiles,
+    SchedulerStore,
+    SupervisorState,
+)
 from service.scheduler.launches import LaunchFactory
+from service.scheduler.sweeper import Sweeper
 
 # A stop request may be lost with a supervisor's connection; asking again does no harm.
 STOP_REPEAT_S = 2.0
 # A launch may be lost with the scheduler that asked for it, after the actor was made and before it was told to run.
 LAUNCH_REPEAT_S = 2.0
-# How much longer than the grace an attempt that was asked to stop may take to say that it has ended.
-STOP_OVERTIME_S = 60.0
+# How much longer than the grace an attempt that was asked to stop may take to say that it has ended: its processes are
+# gone by then, and what it still does is to upload its last checkpoint.
+STOP_OVERTIME_S = UPLOAD_TIMEOUT_S + 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +38,7 @@ class AttemptFollower:
         store: rows.
         cluster: supervisors.
         files: durable journals.
+        sweeper: told which checkpoints may have become removable.
         make_launch: builds the launch of a live attempt.
         launch_timeout_s: how long a supervisor may take to show that it runs.
     """
@@ -38,12 +49,14 @@ class AttemptFollower:
         store: SchedulerStore,
         cluster: Cluster,
         files: RunFiles,
+        sweeper: Sweeper,
         make_launch: LaunchFactory,
         launch_timeout_s: float,
     ) -> None:
         self._store = store
         self._cluster = cluster
         self._files = files
+        self._sweeper = sweeper
         self._make_launch = make_launch
         self._launch_timeout_s = launch_timeout_s
         self._stop_grace_s = make_launch.stop_grace_s
@@ -96,7 +109,7 @@ class AttemptFollower:
                 self._seal(lease, live, record.report.outcome, record.report.reason, record.report.failure)
                 return True
         if any(isinstance(record.report, CheckpointWritten | Resumed) for record in records):
-            self._remove_checkpoints(lease, live.job)
+            self._retire_checkpoints(lease, live.job)
         return False
 
     def _follow_without_supervisor(self, lease: Lease, live: LiveAttempt) -> None:
@@ -155,7 +168,8 @@ class AttemptFollower:
         self._cluster.close(job_id, number)
         for times in (self._launched_at, self._stop_asked_at, self._stop_first_asked_at):
             times.pop((job_id, number), None)
-        self._remove_checkpoints(lease, job)
+        self._sweeper.sweep_attempt(job_id, number)
+        self._retire_checkpoints(lease, job)
 
     def _next_places(self, live: LiveAttempt) -> tuple[str, ...] | None:
         """Return where a job goes on that is being resized; None if it is not, or if a node of these is gone."""
@@ -164,22 +178,14 @@ class AttemptFollower:
             return None
         return target if self._usable_nodes >= set(target) else None
 
-    def _remove_checkpoints(self, lease: Lease, job: Job) -> None:
-        """Remove the checkpoints that the job's policy does not keep, and the files of those that count no more.
-
-        What is listed exists: a checkpoint is taken from the list, then its files go, and its row last, so that
-        whatever is cut short is taken up again the next time.
-        """
+    def _retire_checkpoints(self, lease: Lease, job: Job) -> None:
+        """Take off the list what the job's policy does not keep; the files go once nobody needs them."""
         listed = self._store.checkpoints(job.id)
-        pinned = self._store.pinned_checkpoints(job.id)
-        for checkpoint in to_remove(listed, job.spec.checkpoint, pinned=pinned):
+        for checkpoint in to_remove(listed, job.spec.checkpoint):
             self._store.retire_checkpoint(lease, job.id, checkpoint.attempt, checkpoint.step)
-        # A fork that has a checkpoint of its own needs that of its parent no more.
-        parents = [job.forked_from.job_id] if job.forked_from is not None and listed else []
-        for job_id in (job.id, *parents):
-            for checkpoint in self._store.removable_checkpoints(job_id):
-                self._files.remove_checkpoint(checkpoint.path)
-                self._store.forget_checkpoint(lease, job_id, checkpoint.attempt, checkpoint.step)
+        self._sweeper.sweep_job(job.id)
+        if job.forked_from is not None:
+            self._sweeper.sweep_job(job.forked_from.job_id)  # it may need that checkpoint no more
 
 
 def _why_stop(live: LiveAttempt) -> Reason | None:

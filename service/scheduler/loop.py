@@ -12,6 +12,7 @@ from service.scheduler.admission import admit
 from service.scheduler.elasticity import decide_resizes
 from service.scheduler.follower import AttemptFollower
 from service.scheduler.launches import LaunchFactory
+from service.scheduler.sweeper import Sweeper
 
 BUSY_INTERVAL_S = 0.05
 IDLE_INTERVAL_S = 0.5
@@ -61,8 +62,14 @@ class Scheduler:
         # By the clock of this process: another leader counts anew, which delays a resize and no more.
         self._seen_running_at: dict[tuple[str, int], float] = {}
         self._nodes_at: float | None = None
+        self._sweeper = Sweeper(store, files)
         self._follower = AttemptFollower(
-            store=store, cluster=cluster, files=files, make_launch=make_launch, launch_timeout_s=launch_timeout_s
+            store=store,
+            cluster=cluster,
+            files=files,
+            sweeper=self._sweeper,
+            make_launch=make_launch,
+            launch_timeout_s=launch_timeout_s,
         )
 
     def run(self, wait: Callable[[float], None], should_stop: Callable[[], bool]) -> None:
@@ -94,6 +101,7 @@ class Scheduler:
             self._observe_nodes(lease)
             self._follower.use_nodes({node.id for node in self._nodes} if admitting else frozenset())
             num_live = self._follow_all(lease)
+            self._sweeper.step(lease)
             if not admitting:
                 return num_live > 0
             num_started = self._admit(lease)
@@ -115,6 +123,7 @@ class Scheduler:
         deadline = time.monotonic() + deadline_s
         while self._lease is not None and time.monotonic() < deadline and not self._is_stopped(self._lease):
             time.sleep(BUSY_INTERVAL_S)
+        self._sweeper.close()
         if self._lease is not None:
             try:
                 self._store.release_lease(self._lease)

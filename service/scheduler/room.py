@@ -35,7 +35,7 @@ class Room:
         return all(node_id in self._free for node_id in node_ids)
 
     def place(self, num_ranks: int, per_rank: Resources) -> tuple[str, ...] | None:
-        """Return a node for each rank of a gang; None if they do not all fit."""
+        """Return a node for each rank of a gang; None if there are more of them than ``num_fitting``."""
         return place_gang(num_ranks, per_rank, self._free)
 
     def num_fitting(self, per_rank: Resources) -> int:

@@ -1,5 +1,7 @@
 """Where things lie in run storage; paths relative to its root, with forward slashes."""
 
+UPLOAD_DIRS = ("bundles", "datasets")
+
 
 def job_dir(job_id: str) -> str:
     """Return the directory below which everything lies that a job's attempts write."""
@@ -26,6 +28,11 @@ def log_dir(job_id: str, attempt: int, rank: int) -> str:
     return f"{attempt_dir(job_id, attempt)}/logs/rank-{rank}"
 
 
+def checkpoints_dir(job_id: str, attempt: int) -> str:
+    """Return the directory below which an attempt's checkpoints lie."""
+    return f"{attempt_dir(job_id, attempt)}/checkpoints"
+
+
 def checkpoint_dir(job_id: str, attempt: int, step: int) -> str:
     """Return the directory of a checkpoint."""
-    return f"{attempt_dir(job_id, attempt)}/checkpoints/{step:09d}"
+    return f"{checkpoints_dir(job_id, attempt)}/{step:09d}"

@@ -1,10 +1,11 @@
 """Run storage as the API and the scheduler see it."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Set
 
 from service.domain.journal import JournalRecord
 from service.storage.journal_file import read_journal
-from service.storage.layout import launch_marker, log_dir
+from service.storage.layout import UPLOAD_DIRS, checkpoints_dir, launch_marker, log_dir
 from service.storage.manifest import MANIFEST_NAME
 from service.storage.object_store import ObjectStore
 from service.storage.segments import read_sequence, sequence_size
@@ -52,3 +53,19 @@ class StoredRunFiles:
         """Remove a checkpoint's directory, its manifest first; nothing if it is not there."""
         self._store.remove(f"{path}/{MANIFEST_NAME}")
         self._store.remove(path)
+
+    def remove_uncommitted(self, job_id: str, attempt: int, committed: Set[str]) -> None:
+        """Remove what an attempt that is sealed left of checkpoints, but for the directories that were committed."""
+        directory = checkpoints_dir(job_id, attempt)
+        for name in self._store.names(directory):
+            if f"{directory}/{name}" not in committed:
+                self.remove_checkpoint(f"{directory}/{name}")
+
+    def remove_partial_uploads(self, older_than_s: float) -> None:
+        """Remove what is left of uploads that were cut short so many seconds ago; an object store has none."""
+        if not self._store.is_local:
+            return
+        for directory in UPLOAD_DIRS:
+            for path in self._store.local_path(directory).rglob(".*.partial"):
+                if time.time() - path.stat().st_mtime > older_than_s:
+                    path.unlink()

@@ -6,9 +6,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
-from service.domain.job import Checkpoint, Job
+from service.domain.job import Checkpoint, Job, JobStatus
 from service.domain.journal import CheckpointWritten
 from service.store.tables import checkpoints, jobs
+
+_ENDED = [status for status in JobStatus if status.is_terminal]
 
 
 def commit_checkpoint(
@@ -44,11 +46,13 @@ def supersede_beyond(connection: Connection, number: int, step: int) -> None:
     )
 
 
-def quarantine(connection: Connection, number: int, step: int) -> None:
-    """Let the checkpoint of a step be neither listed nor resumed from."""
+def quarantine(connection: Connection, job_id: str, attempt: int | None, step: int) -> None:
+    """Let a checkpoint be neither listed nor resumed from; without an attempt the one of its step that counts."""
+    number = sa.select(jobs.c.number).where(jobs.c.id == job_id).scalar_subquery()
+    which = ~checkpoints.c.superseded if attempt is None else checkpoints.c.attempt == attempt
     connection.execute(
         sa.update(checkpoints)
-        .where(checkpoints.c.job_number == number, checkpoints.c.step == step, ~checkpoints.c.superseded)
+        .where(checkpoints.c.job_number == number, checkpoints.c.step == step, which)
         .values(quarantined=True)
     )
 
@@ -74,37 +78,51 @@ def list_checkpoints(connection: Connection, job_id: str, number: int) -> tuple[
 
 
 def list_resumable(connection: Connection, job: Job, number: int) -> tuple[Checkpoint, ...]:
-    """Return the checkpoints that count, newest first; where there is none, the one that the job was forked from."""
+    """Return the checkpoints that count, newest first; last the one that the job was forked from, if it is there."""
     own = list_checkpoints(connection, job.id, number)[::-1]
-    if own or job.forked_from is None:
+    if job.forked_from is None:
         return own
     origin = job.forked_from
     query = (
         sa.select(checkpoints)
         .join(jobs, jobs.c.number == checkpoints.c.job_number)
-        .where(jobs.c.id == origin.job_id, checkpoints.c.attempt == origin.attempt, checkpoints.c.step == origin.step)
+        .where(
+            jobs.c.id == origin.job_id,
+            checkpoints.c.attempt == origin.attempt,
+            checkpoints.c.step == origin.step,
+            ~checkpoints.c.quarantined,
+        )
     )
-    return tuple(_checkpoint_of(origin.job_id, row) for row in connection.execute(query))
+    return (*own, *(_checkpoint_of(origin.job_id, row) for row in connection.execute(query)))
 
 
-def list_pinned(connection: Connection, job_id: str) -> frozenset[tuple[int, int]]:
-    """Return attempt and step of the checkpoints of a job that forks without one of their own begin at."""
-    own = checkpoints.alias()
-    has_own = sa.exists().where(own.c.job_number == jobs.c.number, _counts(own))
-    query = sa.select(jobs.c.origin_attempt, jobs.c.origin_step).where(jobs.c.origin_job_id == job_id, ~has_own)
-    return frozenset((attempt, step) for attempt, step in connection.execute(query))
+def list_removable(connection: Connection, number: int | None) -> tuple[Checkpoint, ...]:
+    """Return the checkpoints that count no more and that no fork needs, of one job or of all, by job and step.
 
-
-def list_removable(connection: Connection, job_id: str, number: int) -> tuple[Checkpoint, ...]:
-    """Return the checkpoints that count no more and that no fork needs, by step."""
-    pinned = list_pinned(connection, job_id)
+    A fork needs the one that it begins at until it has one of its own that counts, or has ended.
+    """
+    fork, own = jobs.alias(), checkpoints.alias()
+    has_own = sa.exists().where(own.c.job_number == fork.c.number, _counts(own))
+    is_needed = sa.exists().where(
+        fork.c.origin_job_id == jobs.c.id,
+        fork.c.origin_attempt == checkpoints.c.attempt,
+        fork.c.origin_step == checkpoints.c.step,
+        fork.c.status.not_in(_ENDED),
+        ~has_own,
+    )
     query = (
-        sa.select(checkpoints)
-        .where(checkpoints.c.job_number == number, ~_counts(checkpoints))
-        .order_by(checkpoints.c.step, checkpoints.c.attempt)
+        sa.select(checkpoints, jobs.c.id.label("job_id"))
+        .join(jobs, jobs.c.number == checkpoints.c.job_number)
+        .where(~_counts(checkpoints), ~is_needed, *([] if number is None else [checkpoints.c.job_number == number]))
+        .order_by(checkpoints.c.job_number, checkpoints.c.step, checkpoints.c.attempt)
     )
-    rows = connection.execute(query)
-    return tuple(_checkpoint_of(job_id, row) for row in rows if (row.attempt, row.step) not in pinned)
+    return tuple(_checkpoint_of(row.job_id, row) for row in connection.execute(query))
+
+
+def list_paths(connection: Connection, number: int, attempt: int) -> frozenset[str]:
+    """Return the directories of the checkpoints of an attempt that have a row, whether or not they count."""
+    of_attempt = (checkpoints.c.job_number == number, checkpoints.c.attempt == attempt)
+    return frozenset(connection.execute(sa.select(checkpoints.c.path).where(*of_attempt)).scalars())
 
 
 def _is(number: int, attempt: int, step: int) -> tuple[sa.ColumnElement[bool], ...]:

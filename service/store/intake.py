@@ -82,8 +82,9 @@ class _Intake:
                 message = f"{len(report.pids)} worker(s) have a process."
                 self._event("placed", message, record, node_ids=list(report.node_ids), pids=list(report.pids))
             case CheckpointQuarantined() as report:
-                checkpoints.quarantine(self._connection, self._locked.number, report.step)
-                self._event("checkpoint_quarantined", report.message, record, step=report.step)
+                job_id = report.job_id or self._locked.job.id
+                checkpoints.quarantine(self._connection, job_id, report.attempt, report.step)
+                self._event("checkpoint_quarantined", report.message, record, step=report.step, job_id=job_id)
             case Resumed() as report:
                 self._take_resumed(report, record)
             case Running() as report:

@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection, Row
 from service.domain.errors import NotFound
 from service.domain.job import Failure, Job, JobStatus, Origin, Reason, check_transition
 from service.domain.ports import JobPage
-from service.domain.spec import JobSpec
+from service.domain.spec import STORED, JobSpec
 from service.store import feed
 from service.store.cursor import decode_cursor, encode_cursor
 from service.store.tables import job_labels, jobs
@@ -243,28 +243,32 @@ def set_message(connection: Connection, job_id: str, message: str) -> None:
 
 def job_of(row: Row[Any]) -> Job:
     """Return the job that a row holds."""
-    return Job(
-        id=row.id,
-        spec=_spec_of(row.spec),
-        status=JobStatus(row.status),
-        reason=Reason(row.reason),
-        message=row.message,
-        attempt=row.attempt,
-        retries_used=row.retries_used,
-        step=row.step,
-        num_steps=row.num_steps,
-        cancel_requested=row.cancel_requested,
-        pause_requested=row.pause_requested,
-        workers_wanted=row.workers_wanted,
-        resize_requested=row.resize_requested,
-        forked_from=origin_of(row),
-        exact=row.exact,
-        exactness=row.exactness,
-        running_s=row.running_s,
-        failure=failure_of(row.failure),
-        created_at=row.created_at,
-        started_at=row.started_at,
-        ended_at=row.ended_at,
+    # A job that was accepted is not checked again: what is asked of new ones may differ by now.
+    return Job.model_validate(
+        {
+            "id": row.id,
+            "spec": _spec_of(row.spec),
+            "status": JobStatus(row.status),
+            "reason": Reason(row.reason),
+            "message": row.message,
+            "attempt": row.attempt,
+            "retries_used": row.retries_used,
+            "step": row.step,
+            "num_steps": row.num_steps,
+            "cancel_requested": row.cancel_requested,
+            "pause_requested": row.pause_requested,
+            "workers_wanted": row.workers_wanted,
+            "resize_requested": row.resize_requested,
+            "forked_from": origin_of(row),
+            "exact": row.exact,
+            "exactness": row.exactness,
+            "running_s": row.running_s,
+            "failure": failure_of(row.failure),
+            "created_at": row.created_at,
+            "started_at": row.started_at,
+            "ended_at": row.ended_at,
+        },
+        context=STORED,
     )
 
 
@@ -288,7 +292,7 @@ def failure_row(failure: Failure | None) -> dict[str, Any] | None:
 @lru_cache(maxsize=4096)
 def _spec_of(data: str) -> JobSpec:
     # The scheduler reads the same queue again and again; a specification never changes.
-    return JobSpec.model_validate_json(data)
+    return JobSpec.from_stored(data)
 
 
 def _job_row(connection: Connection, job_id: str, *, for_update: bool = False) -> Row[Any]:

@@ -279,23 +279,21 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
             return checkpoints.list_resumable(connection, job, jobs.find_number(connection, job_id))
 
     @override
-    def pinned_checkpoints(self, job_id: str) -> frozenset[tuple[int, int]]:
-        with self._database.reading() as connection:
-            return checkpoints.list_pinned(connection, job_id)
-
-    @override
-    def retire_checkpoint(self, lease: Lease, job_id: str, attempt: int, step: int) -> bool:
+    def retire_checkpoint(self, lease: Lease, job_id: str, attempt: int, step: int) -> None:
         # The job's lock: no fork comes in between.
         with self._leading(lease) as connection, jobs.locked_job(connection, job_id) as locked:
-            if (attempt, step) in checkpoints.list_pinned(connection, job_id):
-                return False
             checkpoints.retire(connection, locked.number, attempt, step)
-            return True
 
     @override
-    def removable_checkpoints(self, job_id: str) -> tuple[Checkpoint, ...]:
+    def removable_checkpoints(self, job_id: str | None = None) -> tuple[Checkpoint, ...]:
         with self._database.reading() as connection:
-            return checkpoints.list_removable(connection, job_id, jobs.find_number(connection, job_id))
+            number = None if job_id is None else jobs.find_number(connection, job_id)
+            return checkpoints.list_removable(connection, number)
+
+    @override
+    def committed_paths(self, job_id: str, attempt: int) -> frozenset[str]:
+        with self._database.reading() as connection:
+            return checkpoints.list_paths(connection, jobs.find_number(connection, job_id), attempt)
 
     @override
     def forget_checkpoint(self, lease: Lease, job_id: str, attempt: int, step: int) -> None:

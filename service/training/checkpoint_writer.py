@@ -7,11 +7,13 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 from pathlib import Path
 from types import TracebackType
 
 from service.domain.rank_protocol import RankTask, Staged
 from service.training.checkpoints import Checkpoint, write_checkpoint
+from service.training.errors import CheckpointFailed
 from service.training.host_memory import HostMemory
 
 # Beside training on the same cores, writing is what may wait.
@@ -21,18 +23,17 @@ NICENESS = 10
 class CheckpointWriter:
     """Copies checkpoints into host memory and writes them from a thread of its own, one at a time, in order.
 
-    One thread uses it. What the writing thread did is handed to that one by ``poll`` and ``wait``::
+    One thread uses it. What the writing thread did is handed to that one by ``outcomes``::
 
         with CheckpointWriter(task) as writer:
             for step in ...:
                 ...
-                deliver(writer.poll())
+                deliver(writer.outcomes(wait=False))
                 if due:
                     writer.save(trainer.capture(), metrics)
-            deliver(writer.wait())
+            deliver(writer.outcomes(wait=True))
 
-    Either of the two raises the failure of a checkpoint, once, in its turn; called again it goes on with what was
-    written after that. Leaving the ``with`` block waits for what is being written, and hands out nothing.
+    Leaving the ``with`` block waits for what is being written, and hands out nothing.
 
     Args:
         task: whose checkpoints, and where they are staged.
@@ -57,7 +58,7 @@ class CheckpointWriter:
     def save(self, checkpoint: Checkpoint, metrics: Mapping[str, float], *, extra_dir: Path | None = None) -> float:
         """Copy a checkpoint, and have the copy written; first waits for the checkpoint before it, if there is one.
 
-        A failure of that one does not hold this one up: ``poll`` raises it.
+        A failure of that one does not hold this one up: it is one of the ``outcomes``.
 
         Args:
             checkpoint: its tensors may be the live ones.
@@ -77,28 +78,23 @@ class CheckpointWriter:
         self._written.append(self._thread.submit(self._write, copy, dict(metrics), extra_dir))
         return time.perf_counter() - started
 
-    def poll(self) -> list[Staged]:
-        """Return what has been written since the last call, oldest first, without waiting.
+    def wait_until_free(self, timeout_s: float) -> bool:
+        """Wait until nothing is being written, so that ``save`` need not; False if it takes longer."""
+        return not self._written or not wait_for_futures([self._written[-1]], timeout_s).not_done
 
-        Raises:
-            CheckpointFailed: the oldest of them could not be written.
+    def outcomes(self, *, wait: bool) -> list[Staged | CheckpointFailed]:
+        """Return what became of the checkpoints since the last call, oldest first.
+
+        Args:
+            wait: for those that are still being written, too.
         """
-        staged: list[Staged] = []
-        while self._written and self._written[0].done():
-            if self._written[0].exception() is not None and staged:
-                break  # first the ones before it
-            staged.append(self._written.popleft().result())
-        return staged
-
-    def wait(self) -> list[Staged]:
-        """Wait until everything is written, and return what ``poll`` would.
-
-        Raises:
-            CheckpointFailed: the oldest of them could not be written.
-        """
-        if self._written:
-            _await(self._written[-1])
-        return self.poll()
+        found: list[Staged | CheckpointFailed] = []
+        while self._written and (wait or self._written[0].done()):
+            try:
+                found.append(self._written.popleft().result())
+            except CheckpointFailed as error:
+                found.append(error)
+        return found
 
     def _write(self, checkpoint: Checkpoint, metrics: dict[str, float], extra_dir: Path | None) -> Staged:
         directory = write_checkpoint(checkpoint, self._task, metrics, extra_dir=extra_dir)

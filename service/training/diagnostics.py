@@ -1,5 +1,6 @@
 """What is watched beside the loss, every so many steps."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,8 @@ from service.domain.batch_plan import BatchPlan
 from service.domain.spec import JobSpec
 from service.training.input_drift import InputDrift
 from service.training.optimization import GradientNoise
-from service.training.optimization.gradient_noise import PartGradients, gradient_norms, watched_gradients
+from service.training.optimization.gradient_noise import PartGradients, watched_gradients
+from service.training.optimization.gradient_norms import gradient_norms
 from service.training.world import World
 from syncbn import StatisticsMonitor, SyncBatchNorm, monitor
 
@@ -76,11 +78,12 @@ class Diagnostics:
             ]
         )
 
-    def end(self, gradient_norm: float) -> dict[str, float]:
+    def end(self, *, gradient_norm: float, weight: float) -> dict[str, float]:
         """Return what the step has shown, by name of the metric; nothing where it was not watched.
 
         Args:
             gradient_norm: of the whole mini-batch, before clipping.
+            weight: of the mini-batch, that its loss was divided by.
         """
         plan, self._plan = self._plan, None
         if plan is None:
@@ -95,7 +98,10 @@ class Diagnostics:
         if self.noise is not None and plan.world_size * plan.num_micro_steps > 1:
             num_parts, squared_norms, inverse_sizes = self._world.sum_tensor(self._parts).tolist()
             parts = PartGradients(num_parts=round(num_parts), squared_norms=squared_norms, inverse_sizes=inverse_sizes)
-            self.noise.observe(parts, num_samples=plan.size, squared_norm=gradient_norm**2)
+            # Of the mean over samples, as the parts are, also where a loss is a mean over pixels or boxes.
+            squared_norm = (gradient_norm * (weight or 1.0) / plan.size) ** 2
+            if math.isfinite(squared_norm) and math.isfinite(squared_norms):
+                self.noise.observe(parts, num_samples=plan.size, squared_norm=squared_norm)
             found |= {f"train/{name}": value for name, value in self.noise.metrics.items()}
         return found
 

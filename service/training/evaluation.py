@@ -47,7 +47,7 @@ class Evaluator:
         """Evaluate a model; all ranks call it together.
 
         Args:
-            model: left in training mode.
+            model: left in the modes that it is in.
 
         Returns:
             ``eval/loss`` and the task's metrics, means over the weight; nothing where no samples are held out.
@@ -57,16 +57,19 @@ class Evaluator:
         world, task = self._world, self._task
         metrics = task.new_metrics(num_outputs=self._num_outputs, device=world.device)
         totals = torch.zeros(2, dtype=torch.float64, device=world.device)
+        modes = {module: module.training for module in model.modules()}
         model.eval()
-        with torch.inference_mode(), autocast(self._spec.precision, world.device):
+        with torch.inference_mode():
             for batch in self._loader.batches(0, self._num_own_batches - 1) if self._num_own_batches else ():
                 task.check(batch, self._num_outputs)
                 batch = on_device(batch, self._spec, world.device)
-                outputs = model(batch.inputs)
+                with autocast(self._spec.precision, world.device):
+                    outputs = model(batch.inputs)
                 loss = task.loss(outputs, batch.targets)
                 totals += torch.stack([torch.as_tensor(value).to(totals) for value in (loss.sum, loss.weight)])
                 metrics.update(outputs, batch.targets)
-        model.train()
+        for module, training in modes.items():
+            module.training = training
         total, weight = world.sum_tensor(totals).tolist()
         values = metrics.compute(world.sum_tensor, world.gather)
         return {"eval/loss": total / (weight or 1.0), **{f"eval/{name}": value for name, value in values.items()}}

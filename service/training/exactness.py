@@ -2,11 +2,13 @@
 
 from collections.abc import Collection, Iterable
 
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from service.domain.spec import JobSpec
 from service.training.tasks import Loss, Task
-
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "num_nonfinite_batches")
-_MAX_NAMES = 3
+from service.training.wording import first_of
+from syncbn import SyncBatchNorm
 
 
 class Exactness:
@@ -15,6 +17,7 @@ class Exactness:
     Args:
         spec: the job.
         task: what it learns.
+        model: as it will be trained.
 
     Attributes:
         reasons: in words; none, as long as nothing was found.
@@ -22,8 +25,15 @@ class Exactness:
 
     reasons: list[str]
 
-    def __init__(self, spec: JobSpec, task: Task) -> None:
+    def __init__(self, spec: JobSpec, task: Task, model: nn.Module) -> None:
         self.reasons = []
+        # Those of synchronized norms are the same on every rank; that local ones are not is said below.
+        self._statistics = {
+            f"{path}.{name}" if path else name
+            for path, layer in model.named_modules()
+            if isinstance(layer, _BatchNorm)
+            for name, _ in layer.named_buffers(recurse=False)
+        }
         if spec.norm.kind == "local":
             self.reasons.append(
                 "norm.kind is local: each worker normalizes its own samples. norm.kind: sync normalizes them together."
@@ -32,6 +42,13 @@ class Exactness:
             self.reasons.append(
                 "precision is float16: whether a sum overflows, and the step is skipped, depends on the samples that a "
                 "worker adds up. bfloat16 does not overflow."
+            )
+        ghosts = [
+            name for name, layer in model.named_modules() if isinstance(layer, SyncBatchNorm) and layer.ghost_size
+        ]
+        if ghosts:
+            self.reasons.append(
+                f"model: {first_of(sorted(ghosts))} cuts ghost batches out of each worker's own samples."
             )
         if task.unsuited is not None:
             self.reasons.append(f"task: {task.unsuited}")
@@ -56,18 +73,12 @@ class Exactness:
                 "layers, or draw nothing."
             )
         if misfits:
-            found.append(f"model: {_some(misfits)} drops out values that are not laid out by samples.")
-        buffers = [name for name in changed_buffers if name.rpartition(".")[2] not in _STATISTICS]
+            found.append(f"model: {first_of(sorted(misfits))} drops out values that are not laid out by samples.")
+        buffers = [name for name in changed_buffers if name not in self._statistics]
         if buffers:
-            found.append(f"model: it changes {_some(buffers)} in its forward, on each worker by itself.")
+            found.append(f"model: it changes {first_of(sorted(buffers))} in its forward, on each worker by itself.")
         self.add(found)
 
     def add(self, reasons: Iterable[str]) -> None:
         """Take in reasons, such as those that another rank found."""
         self.reasons += [reason for reason in reasons if reason not in self.reasons]
-
-
-def _some(names: Collection[str]) -> str:
-    shown = sorted(names)[:_MAX_NAMES]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from service.training.checkpoints import Checkpoint
-from service.training.errors import CheckpointFailed
+from service.training.errors import BadFactory
 
 
 class HostMemory:
@@ -24,7 +24,7 @@ class HostMemory:
             checkpoint: its tensors may lie on GPUs, share memory or change afterwards.
 
         Raises:
-            CheckpointFailed: it holds something that could not be read back.
+            BadFactory: it holds something of the user's that could not be read back.
         """
         self._used = {}
         copy = replace(
@@ -53,7 +53,7 @@ class HostMemory:
                 return plain(value)
         name = ".".join(str(key) for key in path)
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise CheckpointFailed(
+        raise BadFactory(
             f"{name} is a {kind}, which a checkpoint cannot hold: reading it back would run code. Keep tensors, "
             "numbers, strings, lists and dictionaries there."
         )

@@ -5,16 +5,18 @@ import logging
 import math
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from service.domain.journal import ExactnessFound, Metrics, Warned
 from service.domain.rank_protocol import Finished, RankTask, Stepped
 from service.training.channel import Channel
+from service.training.checkpoint_delivery import CheckpointDelivery
 from service.training.checkpoint_writer import CheckpointWriter
 from service.training.checkpoints import read_checkpoint
 from service.training.code import bring_code
 from service.training.data import build_dataset
-from service.training.errors import CheckpointFailed, NotExact, NotFinite, UnknownMetric
+from service.training.errors import ChannelClosed, CheckpointFailed, NotExact, NotFinite, UnknownMetric
 from service.training.export import export
 from service.training.norm import has_batch_norm
 from service.training.optimization import Patience
@@ -76,9 +78,11 @@ class _Run:
         self._patience = Patience()
         self._num_skipped = self._num_skipped_in_a_row = 0
         self._writer = CheckpointWriter(task)
+        self._delivery = CheckpointDelivery(self._writer, channel, task.spec.checkpoint.on_failure)
+        self._longest_wait_s = task.collective_timeout_s / 2
 
     def to_the_end(self, *, rehearsed: str | None) -> Finished:
-        trainer, spec = self._trainer, self._task.spec
+        trainer = self._trainer
         if self._task.resume_dir is not None:
             self._resume(Path(self._task.resume_dir), self._task.resume_job_id or self._task.job_id)
         _describe(self._task, trainer, self._world)
@@ -87,29 +91,40 @@ class _Run:
         if first <= last:
             trainer.settle()
             self._tell_exactness(rehearsed)
+        gc.collect()  # the rest stays for good
         gc.freeze()  # what exists by now stays; looking through it again and again took 3 % of a step
+        try:
+            with self._writer:
+                return self._take_steps(first, last)
+        except BaseException:
+            # What has been written by now saves the next attempt its steps.
+            with suppress(CheckpointFailed, ChannelClosed):
+                self._delivery.deliver_written()
+            raise
+
+    def _take_steps(self, first: int, last: int) -> Finished:
+        trainer, spec = self._trainer, self._task.spec
         step, note = trainer.steps_done, self._why_early(trainer.steps_done)
-        with self._writer:
-            while step < last and not note:
-                result = trainer.step(stop=self._channel.stop_requested())
-                step += 1
-                self._report_step(step, result)
-                if step == first:
-                    self._channel.send(Stepped(num_steps=last))
-                if step == last:
+        while step < last and not note:
+            result = trainer.step(stop=self._channel.stop_requested())
+            step += 1
+            self._report_step(step, result)
+            if step == first:
+                self._channel.send(Stepped(num_steps=last))
+            if step == last:
+                self._evaluate_at_the_end(step)
+            elif spec.evaluation.every_steps and step % spec.evaluation.every_steps == 0:
+                note = self._judge(step, self._evaluate(step))
+                if note and spec.norm.recalibrate is not None:
                     self._evaluate_at_the_end(step)
-                elif spec.evaluation.every_steps and step % spec.evaluation.every_steps == 0:
-                    note = self._evaluate(step)
-                    if note and spec.norm.recalibrate is not None:
-                        self._evaluate_at_the_end(step)
-                if result.stop and step < last:
-                    self._finish_checkpoints(step, exporting=False)
-                    return Finished(step=step, stopped=True)
-                if step < last and not note and step % spec.checkpoint.every_steps == 0:
-                    self._checkpoint(step)
-                self._send_written()
-            if step >= first:
-                self._finish_checkpoints(step, exporting=True)
+            if result.stop and step < last and not note:
+                self._finish_checkpoints(step, exporting=False)
+                return Finished(step=step, stopped=True)
+            if step < last and not note and step % spec.checkpoint.every_steps == 0:
+                self._checkpoint(step)
+            self._delivery.deliver_written()
+        if step >= first:
+            self._finish_checkpoints(step, exporting=True)
         _log.info("finished at step %d of %d. %s", step, last, note)
         return Finished(step=step, stopped=False, note=note if step < last else "")
 
@@ -117,7 +132,7 @@ class _Run:
         checkpoint = read_checkpoint(directory, job_id=job_id)
         self._trainer.restore(checkpoint)
         self._num_skipped = checkpoint.state.get("num_skipped", 0)
-        if "early_stopping" in checkpoint.state:
+        if "early_stopping" in checkpoint.state and job_id == self._task.job_id:  # a fork begins with new patience
             self._patience = Patience.from_state_dict(checkpoint.state["early_stopping"])
 
     def _warn(self) -> None:
@@ -176,21 +191,23 @@ class _Run:
             self._trainer.recalibrate(recalibrated)
         self._evaluate(step)
 
-    def _evaluate(self, step: int) -> str:
-        """Evaluate; say why to end early, if there is a reason."""
+    def _evaluate(self, step: int) -> Mapping[str, float]:
         values = self._trainer.evaluate()
-        if not values:
-            return ""
-        _log.info("step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-        self._report(step, values)
+        if values:
+            _log.info("step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+            self._report(step, values)
+        return values
+
+    def _judge(self, step: int, values: Mapping[str, float]) -> str:
+        """Say why to end early after an evaluation, if there is a reason."""
         spec = self._task.spec.early_stopping
         if spec is None:
             return ""
-        if spec.metric not in values:
-            raise UnknownMetric(
-                f"early_stopping.metric: {spec.metric} is none of what is evaluated: {', '.join(sorted(values))}."
-            )
-        self._patience = self._patience.after(values[spec.metric], spec)
+        if spec.metric not in values and self._patience.best is None:
+            known = ", ".join(sorted(values)) or "nothing, since no samples are held out"
+            raise UnknownMetric(f"early_stopping.metric: {spec.metric} is none of what is evaluated: {known}.")
+        # One that is not defined this time is no improvement.
+        self._patience = self._patience.after(values.get(spec.metric, math.nan), spec)
         return self._why_early(step)
 
     def _why_early(self, step: int) -> str:
@@ -202,29 +219,26 @@ class _Run:
     def _report(self, step: int, values: Mapping[str, float]) -> None:
         self._metrics.update({name: value for name, value in values.items() if math.isfinite(value)})
         if self._reports:
-            self._channel.send(Metrics.of(step, values))
+            self._channel.send_soon(Metrics.of(step, values))
 
-    def _checkpoint(self, step: int, *, extra_dir: Path | None = None) -> None:
+    def _checkpoint(self, step: int) -> None:
         if not self._reports:
             return
+        if not self._writer.wait_until_free(self._longest_wait_s):
+            # The other ranks wait for this one, and not for ever.
+            self._channel.send(
+                Warned(message=f"The checkpoint of step {step} is left out: the one before it is still being written.")
+            )
+            return
+        self._save(step)
+
+    def _save(self, step: int, *, extra_dir: Path | None = None) -> None:
         checkpoint = self._trainer.capture()
         checkpoint.state["num_skipped"] = self._num_skipped
         if self._task.spec.early_stopping is not None:
             checkpoint.state["early_stopping"] = self._patience.state_dict()
         held_up_s = self._writer.save(checkpoint, self._metrics, extra_dir=extra_dir)
         _log.info("step %d: checkpoint, %.3f s", step, held_up_s)
-
-    def _send_written(self) -> None:
-        """Report the checkpoints that have been written; one that could not be is what the job says it is."""
-        try:
-            written = self._writer.poll()
-        except CheckpointFailed as error:
-            if self._task.spec.checkpoint.on_failure == "stop":
-                raise
-            self._channel.send(Warned(message=f"{error} Training goes on; the checkpoint before it stays."))
-            return
-        for staged in written:
-            self._channel.send(staged)
 
     def _finish_checkpoints(self, step: int, *, exporting: bool) -> None:
         """Write the last checkpoint, and the files for other programs beside it."""
@@ -236,9 +250,8 @@ class _Run:
         with tempfile.TemporaryDirectory(prefix="export-") as directory:
             if formats:
                 self._export(Path(directory))
-            self._checkpoint(step, extra_dir=Path(directory) if formats else None)
-            for staged in self._writer.wait():
-                self._channel.send(staged)
+            self._save(step, extra_dir=Path(directory) if formats else None)
+            self._delivery.deliver_all()
 
     def _export(self, directory: Path) -> None:
         with self._trainer.averaged():

@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from service.training.tasks import Loss
+from service.training.wording import first_of
 from service.training.world import World
-
-_MAX_NAMES = 3
 
 
 def where_not_finite(losses: Sequence[Loss], model: nn.Module, world: World) -> str:
@@ -33,5 +32,4 @@ def where_not_finite(losses: Sequence[Loss], model: nn.Module, world: World) -> 
     ]
     if not names:
         return "the norm of the gradient overflows"
-    others = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return f"the loss is finite, the gradient of {', '.join(names[:_MAX_NAMES])}{others} is not"
+    return f"the loss is finite, the gradient of {first_of(names)} is not"

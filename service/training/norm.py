@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -34,8 +33,12 @@ def configure_norm(model: nn.Module, norm: NormSpec) -> nn.Module:
                 layer.momentum = norm.momentum
             if norm.eps is not None:
                 layer.eps = norm.eps
+    if norm.kind in ("local", "group", "none"):
+        for path, layer in model.named_modules():
+            if isinstance(layer, _BatchNorm):
+                _check_replaceable(path, layer, norm.kind)
     if norm.kind == "local":
-        return model
+        return _replaced(model, _local)
     if norm.kind == "group":
         return _replaced(model, lambda layer: _group_norm(layer, norm.group_size or GROUP_SIZE))
     if norm.kind == "none":
@@ -45,6 +48,10 @@ def configure_norm(model: nn.Module, norm: NormSpec) -> nn.Module:
         return freeze(model, parameters=False) if norm.kind == "frozen" else model
     except ConversionError as error:
         raise BadFactory(f"model: its batch norms cannot be norm.kind: {norm.kind}. {error}") from error
+
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm)
+"""What is a batch norm and nothing else; subclasses add something."""
 
 
 class NormalizationGroups:
@@ -62,16 +69,12 @@ class NormalizationGroups:
         self._model = model
         self._world = world
         self._layers = [layer for layer in model.modules() if isinstance(layer, SyncBatchNorm)]
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
         self._plan: BatchPlan | None = None
         self._deferred: DeferredStatistics | None = None
 
     def prepare(self, plan: BatchPlan) -> None:
         """Make the process groups of a plan; all ranks call it together, before the plan is followed."""
-        if plan.num_groups == 1:
-            self._groups[plan.group_sizes] = self._world.group
-        elif plan.group_sizes not in self._groups:
-            self._groups[plan.group_sizes] = self._world.new_groups(plan.groups)
+        self._world.make_groups(plan)
 
     def follow(self, plan: BatchPlan) -> None:
         """Normalize as a plan says from now on."""
@@ -82,7 +85,7 @@ class NormalizationGroups:
             self._deferred.close()
             self._deferred = None
         for layer in self._layers:
-            layer.process_group = self._groups[plan.group_sizes]
+            layer.process_group = self._world.group_of(plan)
         if plan.num_normalization_batches > 1:
             self._deferred = DeferredStatistics(self._model, self._world.group)
 
@@ -106,8 +109,15 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(layer, _BatchNorm) for layer in model.modules())
 
 
+class _LocalBatchNorm(_BatchNorm):
+    """Batch norm over this rank's samples alone, (N, C, *) to the same: what was synchronized tells no dimension."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        pass
+
+
 class _Affine(nn.Module):
-    """What is left of a batch norm that normalizes nothing: γ and β.
+    """What is left of a batch norm that normalizes nothing: γ and, where it has one, β.
 
     Args:
         layer: the batch norm; its parameters are taken over.
@@ -121,7 +131,32 @@ class _Affine(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Scale and shift each channel, (N, C, *) to the same."""
         shape = (1, -1, *(1 for _ in inputs.shape[2:]))
-        return inputs * self.weight.view(shape) + self.bias.view(shape)
+        scaled = inputs * self.weight.view(shape)
+        return scaled if self.bias is None else scaled + self.bias.view(shape)
+
+
+def _check_replaceable(path: str, layer: _BatchNorm, kind: str) -> None:
+    """Raise ``BadFactory`` where another layer in its place would drop what a batch norm does beside normalizing."""
+    if kind == "local" and not isinstance(layer, nn.SyncBatchNorm | SyncBatchNorm):
+        return  # it stays
+    is_plain = type(layer) in _PLAIN
+    if isinstance(layer, SyncBatchNorm):
+        is_plain = is_plain and not (layer.activation or layer.ghost_size or layer.renormalization)
+    if not is_plain:
+        raise BadFactory(
+            f"model: {path or 'the model itself'} is a {type(layer).__name__}, which may do more than a batch norm of "
+            f"torch.nn, and norm.kind: {kind} would drop that. Build the model with torch.nn.BatchNorm1d, 2d or 3d and "
+            "a module for the rest, or choose norm.kind: sync."
+        )
+
+
+def _local(layer: _BatchNorm) -> nn.Module:
+    if not isinstance(layer, nn.SyncBatchNorm | SyncBatchNorm):
+        return layer
+    norm = _LocalBatchNorm(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        setattr(norm, name, getattr(layer, name))
+    return norm.train(layer.training)
 
 
 def _group_norm(layer: _BatchNorm, group_size: int) -> nn.Module:

@@ -1,9 +1,12 @@
 """The first steps of a job on two world sizes, compared."""
 
+import gc
 import logging
 import math
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from service.domain.spec import JobSpec
 from service.training.data import Dataset
@@ -20,6 +23,9 @@ TOLERANCE = 1e-9
 SMALLEST = 1e-6
 """A tensor without a value beyond it counts as zero: a bias that began at zero and that a batch norm follows holds
 nothing but rounding, 1e-18, of which no two worlds agree on a digit."""
+
+MAX_S = 600.0
+"""How long ranks without a part in it wait for a rehearsal, at least."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,9 +57,15 @@ def rehearse(spec: JobSpec, dataset: Dataset, task: Task, world: World) -> str |
             "diagnostics": spec.diagnostics.model_copy(update={"norm": False}),
         }
     )
+    # Refused by all ranks alike, before any waits for another.
+    plans = {size: SamplePlan(spec, dataset.training, size).plans for size in asked.worlds}
+    waiting = dist.new_group(timeout=max(world.timeout, timedelta(seconds=MAX_S)))
+    ends = []
     for size in asked.worlds:
-        SamplePlan(spec, dataset.training, size)  # refused by all ranks alike, before any waits for another
-    ends = [_weights_after(in_float64, dataset, task, world, size, asked.steps) for size in asked.worlds]
+        part = world.first_ranks(size, plans[size])
+        ends.append({} if part is None else _weights_after(in_float64, dataset, task, part, asked.steps))
+        gc.collect()  # the memory of a whole training
+        dist.barrier(waiting)
     first, second = asked.worlds
     # The first rank took part in both.
     difference = world.gather(_difference(*ends) if world.rank == 0 else 0.0)[0]
@@ -70,20 +82,13 @@ def rehearse(spec: JobSpec, dataset: Dataset, task: Task, world: World) -> str |
     return verdict
 
 
-def _weights_after(
-    spec: JobSpec, dataset: Dataset, task: Task, world: World, size: int, steps: int
-) -> dict[str, torch.Tensor]:
-    """Return the state after the steps; empty on ranks that take no part."""
-    part = world.first_ranks(size)
-    end: dict[str, torch.Tensor] = {}
-    if part is not None:
-        trainer = Trainer(spec=spec, dataset=dataset, task=task, world=part)
-        trainer.settle()
-        for _ in range(min(steps, trainer.num_steps)):
-            trainer.step()
-        end = {name: value.detach().cpu().clone() for name, value in trainer.model.state_dict().items()}
-        trainer.close()
-    world.await_all()
+def _weights_after(spec: JobSpec, dataset: Dataset, task: Task, world: World, steps: int) -> dict[str, torch.Tensor]:
+    trainer = Trainer(spec=spec, dataset=dataset, task=task, world=world)
+    trainer.settle()
+    for _ in range(min(steps, trainer.num_steps)):
+        trainer.step()
+    end = {name: value.detach().cpu().clone() for name, value in trainer.model.state_dict().items()}
+    trainer.close()
     return end
 
 

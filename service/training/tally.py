@@ -26,6 +26,9 @@ class Tally:
     num_stopping: int
 
 
+_NOTHING = Ratio(sum=0.0, weight=0.0)
+
+
 def tally(losses: Sequence[Loss], *, stop: bool, world: World) -> Tally:
     """Add up the losses of a step; the only wait for the device in it. All ranks call it together.
 
@@ -35,14 +38,15 @@ def tally(losses: Sequence[Loss], *, stop: bool, world: World) -> Tally:
         world: the ranks.
     """
     names = sorted({name for loss in losses for name in loss.metrics})
-    none = Ratio(sum=0.0, weight=0.0)
-    rows: list[Sequence[torch.Tensor | float]] = [
-        [value for name in names for value in _parts(loss.metrics.get(name, none))] for loss in losses
+    ratios = [[loss.metrics.get(name, _NOTHING) for loss in losses] for name in names]
+    columns: list[list[torch.Tensor | float]] = [
+        [loss.sum.detach() for loss in losses],
+        [loss.weight for loss in losses],
     ]
-    values = [_total([loss.sum.detach() for loss in losses], world), _total([loss.weight for loss in losses], world)]
-    values += [_total(column, world) for column in zip(*rows, strict=True)]
-    values.append(torch.tensor(float(stop), dtype=torch.float64, device=world.device))
-    loss, weight, *sums, num_stopping = world.sum_tensor(torch.stack(values)).tolist()
+    for of_all in ratios:
+        columns += [[ratio.sum for ratio in of_all], [ratio.weight for ratio in of_all]]
+    columns.append([float(stop)])
+    loss, weight, *sums, num_stopping = world.sum_tensor(_totals(columns, world.device)).tolist()
     pairs = zip(names, sums[::2], sums[1::2], strict=True)
     return Tally(
         loss=loss / (weight or 1.0),
@@ -52,12 +56,13 @@ def tally(losses: Sequence[Loss], *, stop: bool, world: World) -> Tally:
     )
 
 
-def _parts(ratio: Ratio) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-    return ratio.sum, ratio.weight
-
-
-def _total(values: Sequence[torch.Tensor | float], world: World) -> torch.Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for value in values:
-        total += value
-    return total
+def _totals(columns: Sequence[Sequence[torch.Tensor | float]], device: torch.device) -> torch.Tensor:
+    """Add up each column, float64 (n,) on the device."""
+    if device.type == "cpu":  # nothing to wait for, and an operator takes longer than a sum
+        return torch.tensor([sum(map(float, column)) for column in columns], dtype=torch.float64)
+    return torch.stack(
+        [
+            torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in column]).sum()
+            for column in columns
+        ]
+    )

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from service.training.checkpoints import Checkpoint
 from service.training.data import Batch, Dataset, Loader, build_augmentations
 from service.training.diagnostics import Diagnostics
 from service.training.dropout import DropoutContext, share_dropout
+from service.training.errors import BadFactory, CheckpointMismatch
 from service.training.evaluation import Evaluator
 from service.training.exactness import Exactness
 from service.training.layout import memory_format, on_device, to_format
@@ -85,10 +87,13 @@ class Trainer:
         model = build_model(
             spec.model, input_shape=shape, num_outputs=dataset.num_outputs, task=task.name, seed=spec.seed
         )
+        if not model.training:
+            model.train()
         model = configure_norm(model, spec.norm).to(device=world.device, dtype=parameter_dtype(spec.precision))
         self.model = to_format(model, memory_format(spec, 1 + len(shape)))
+        self._parameters = list(self.model.parameters())  # looking them up takes longer than a small step's norm
         task.prepare(self.model)
-        self.exactness = Exactness(spec, task)
+        self.exactness = Exactness(spec, task, self.model)
         self._dropout = DropoutContext(seed=spec.seed)
         share_dropout(self.model, self._dropout, is_compiled=spec.compile)
         if spec.activation_checkpointing:
@@ -116,13 +121,20 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go to where a checkpoint was taken."""
-        self.model.load_state_dict(checkpoint.model)
+        try:
+            self.model.load_state_dict(checkpoint.model)
+        except RuntimeError as error:
+            raise CheckpointMismatch(
+                f"the checkpoint of step {checkpoint.step} does not fit the model that the job builds: {error} "
+                "Give model, model.args and the dataset's number of outputs as they were when it was written."
+            ) from error
         settings = [
             {name: value for name, value in group.items() if name != "params"} for group in self._parameter_groups()
         ]
         self._optimizer.load_state_dict(checkpoint.optimizer)
         for group, own in zip(self._parameter_groups(), settings, strict=True):
             group.update(own)  # a fork may have other ones than the job that wrote them down
+        self._lay_out_optimizer_state()
         for name, part in self._stateful.items():
             if name in checkpoint.state:
                 part.load_state_dict(checkpoint.state[name])
@@ -154,17 +166,22 @@ class Trainer:
         Raises:
             TrainingError: samples or model do not fit the task.
         """
-        self._try_micro_step()  # on the model alone: ranks whose passes differ would wait for each other in DDP
+        loss = self._try_micro_step()  # on the model alone: ranks whose passes differ would wait for each other in DDP
         unused = {
             name
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad and parameter.grad is None
         }
-        found = self._world.gather((unused, self.exactness.reasons))
-        for _, reasons in found:
+        found = self._world.gather((unused, self.exactness.reasons, sorted(loss.metrics)))
+        for _, reasons, names in found:
             self.exactness.add(reasons)
+            if names != sorted(loss.metrics):
+                raise BadFactory(
+                    f"task: its metrics are {', '.join(names) or 'none'} on one worker and "
+                    f"{', '.join(sorted(loss.metrics)) or 'none'} on another. Return the same names from every call."
+                )
         self._optimizer.zero_grad()
-        self._parallel = wrap(self.model, self._world, finds_unused=any(names for names, _ in found))
+        self._parallel = wrap(self.model, self._world, finds_unused=any(names for names, *_ in found))
         self._try_micro_step()
         self._optimizer.zero_grad()
 
@@ -205,7 +222,7 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm(gradients)
         gradient_norm = float(norm)
         is_finite = math.isfinite(totals.loss) and math.isfinite(gradient_norm)
-        details = self._diagnostics.end(gradient_norm)
+        details = self._diagnostics.end(gradient_norm=gradient_norm, weight=totals.weight)
         if self._scaler is not None:
             details["train/loss_scale"] = self._scaler.scale
         self._groups.commit()
@@ -246,15 +263,17 @@ class Trainer:
         Those that belong to the averaged weights are computed too, where the job keeps any.
         """
         self._groups.follow(self.samples.full)
-        steps = [step for step in range(self.samples.steps_per_epoch) if self.samples.plan(step) is self.samples.full]
-        self._recalibrate(steps[:num_batches])
+        whole = (step for step in range(self.samples.steps_per_epoch) if self.samples.plan(step) is self.samples.full)
+        steps = list(islice(whole, num_batches))
+        self._recalibrate(steps)
         if self._ema is not None:
             with self._ema.swapped_in():
-                self._recalibrate(steps[:num_batches])
+                self._recalibrate(steps)
 
     def _recalibrate(self, steps: Sequence[int]) -> None:
         plan = self.samples.full
-        read = (self._loader.read(step, micro_step) for step in steps for micro_step in range(plan.num_micro_steps))
+        places = ((step, micro_step) for step in steps for micro_step in range(plan.num_micro_steps))
+        read = self._loader.read_several(places)
         batches = (on_device(batch, self._spec, self._world.device).inputs for batch in read)
         with autocast(self._spec.precision, self._world.device):
             recalibrate(self.model, batches, process_group=self._world.group)
@@ -305,14 +324,14 @@ class Trainer:
 
     def _take_step(self, learning_rate: float, norm: torch.Tensor) -> None:
         if self._spec.gradient_clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._spec.gradient_clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._spec.gradient_clip_norm, norm)
         for group in self._parameter_groups():
             group["lr"] = learning_rate
         self._optimizer.step()
         if self._ema is not None:
             self._ema.update()
 
-    def _try_micro_step(self) -> None:
+    def _try_micro_step(self) -> Loss:
         """Run the one that DDP reduces after; only gradients are left of it."""
         plan = self.samples.full
         last = plan.num_micro_steps - 1
@@ -327,12 +346,20 @@ class Trainer:
         with torch.no_grad():
             for _, buffer, value in before:
                 buffer.copy_(value)
+        return loss
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups
 
+    def _lay_out_optimizer_state(self) -> None:
+        """Give moments the layout of their weights: fused optimizers pair values by their place in memory."""
+        for parameter, state in self._optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
     def _gradients(self) -> list[torch.Tensor]:
-        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     @property
     def _stateful(self) -> dict[str, Ema | LossScaler | GradientNoise]:

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from service.domain.batch_plan import BatchPlan
-from service.domain.journal import ExactnessFound, Metrics, Warned
+from service.domain.journal import ExactnessFound, Metrics
 from service.domain.rank_protocol import Finished, RankTask, Stepped
 from service.domain.spec import JobSpec
 from service.training.channel import Channel
+from service.training.checkpoint_delivery import CheckpointDelivery
 from service.training.checkpoint_writer import CheckpointWriter
 from service.training.checkpoints import Checkpoint, read_checkpoint
-from service.training.errors import BadFactory, CheckpointFailed
+from service.training.errors import BadFactory
 from service.training.factories import import_factory
 from service.training.world import World
 
@@ -44,13 +45,22 @@ class TrainingContext:
     num_steps: int | None
     resumed_from: int
 
-    def __init__(self, task: RankTask, channel: Channel, world: World, writer: CheckpointWriter) -> None:
+    def __init__(
+        self,
+        task: RankTask,
+        channel: Channel,
+        world: World,
+        writer: CheckpointWriter,
+        delivery: CheckpointDelivery,
+    ) -> None:
         self._task = task
         self._channel = channel
         self._world = world
         self._writer = writer
+        self._delivery = delivery
         self._has_stepped = self._is_stopping = False
         self._values: dict[str, float] = {}
+        self._saved_step: int | None = None
         self.rank, self.world_size, self.device = world.rank, world.size, world.device
         self.spec, self.seed, self.num_steps = task.spec, task.spec.seed, task.spec.steps
         self.plan = task.spec.batch_plan(world.size)
@@ -72,25 +82,34 @@ class TrainingContext:
         self.step = step
         self._values = {name: float(value) for name, value in values.items()}
         if self.rank == 0:
-            self._channel.send(Metrics.of(step, self._values))
+            self._channel.send_soon(Metrics.of(step, self._values))
         if not self._has_stepped:
             self._has_stepped = True
             self._channel.send(Stepped(num_steps=self.num_steps))
-        self._send_written()
+        self._delivery.deliver_written()
 
     def save(self, model: Mapping[str, torch.Tensor], state: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint of the step that was reported last; the first rank's counts.
 
+        There is one checkpoint of a step: saving again before the next is reported does nothing.
+
         Args:
             model: a ``state_dict``.
             state: whatever else the next step depends on: dictionaries, lists, numbers, strings and tensors.
+
+        Raises:
+            BadFactory: one of them holds something else.
         """
-        if self.rank != 0:
+        if self.rank != 0 or self.step == self._saved_step:
             return
         checkpoint = Checkpoint(step=self.step, model=model, optimizer={}, state=dict(state or {}))
         finite = Metrics.of(self.step, self._values).values
-        self._writer.save(checkpoint, finite)
-        self._send_written()
+        try:
+            self._writer.save(checkpoint, finite)
+        except BadFactory as error:
+            raise BadFactory(f"train_function: context.save cannot keep what it was given. {error}") from error
+        self._saved_step = self.step
+        self._delivery.deliver_written()
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Return model and state as they were saved, on the CPU; None at the beginning."""
@@ -107,17 +126,6 @@ class TrainingContext:
     def is_stopping(self) -> bool:
         """Whether ``should_stop`` said so."""
         return self._is_stopping
-
-    def _send_written(self) -> None:
-        try:
-            written = self._writer.poll()
-        except CheckpointFailed as error:
-            if self.spec.checkpoint.on_failure == "stop":
-                raise
-            self._channel.send(Warned(message=f"{error} Training goes on; the checkpoint before it stays."))
-            return
-        for staged in written:
-            self._channel.send(staged)
 
 
 def run_train_function(task: RankTask, channel: Channel) -> Finished:
@@ -137,13 +145,13 @@ def run_train_function(task: RankTask, channel: Channel) -> Finished:
     reason = "train_function: the service cannot see what a training loop of your own does with its workers."
     world = World.join(task)
     with CheckpointWriter(task) as writer:
-        context = TrainingContext(task, channel, world, writer)
+        delivery = CheckpointDelivery(writer, channel, task.spec.checkpoint.on_failure)
+        context = TrainingContext(task, channel, world, writer, delivery)
         if world.rank == 0:
             channel.send(ExactnessFound(exact=False, reasons=(reason,)))
         function(context)
         world.await_all()
-        for staged in writer.wait():
-            channel.send(staged)
+        delivery.deliver_all()
     # One that was resumed may have been done already.
     if context.step == context.resumed_from == 0 and not context.is_stopping:
         raise BadFactory("train_function: it returned without reporting a step. Call context.report(step, values).")

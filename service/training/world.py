@@ -2,8 +2,8 @@
 
 import os
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Self, TypeVar, cast
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from service.domain.batch_plan import BatchPlan
 from service.domain.rank_protocol import RankTask
 from service.training.errors import CollectiveFailed, DeviceMissing
 from syncbn.collectives import all_reduce_sum, resolve_group
@@ -29,12 +30,15 @@ class World:
         size: number of ranks.
         device: where this rank computes.
         group: their process group; None for the default one.
+        timeout: how long to wait for peers.
     """
 
     rank: int
     size: int
     device: torch.device
     group: dist.ProcessGroup | None = None
+    timeout: timedelta = timedelta(seconds=60)
+    _groups: dict[tuple[int, ...], dist.ProcessGroup | None] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def join(cls, task: RankTask) -> Self:
@@ -70,7 +74,7 @@ class World:
                 f"rank {task.rank} of {task.world_size} could not meet the others at "
                 f"{task.rendezvous_host}:{task.rendezvous_port} within {task.collective_timeout_s:g} s: {error}"
             ) from error
-        return cls(rank=task.rank, size=task.world_size, device=device)
+        return cls(rank=task.rank, size=task.world_size, device=device, timeout=timeout)
 
     def await_all(self) -> None:
         """Wait until every rank has done its work.
@@ -114,22 +118,34 @@ class World:
         dist.all_gather_object(values, value, group=self.group)
         return cast(list[T], values)
 
-    def first_ranks(self, size: int) -> "World | None":
-        """Return the world of the first ``size`` ranks; None on the others. All ranks call it together."""
-        group = dist.new_group(range(size))
-        return replace(self, size=size, group=group) if self.rank < size else None
+    def make_groups(self, plan: BatchPlan) -> None:
+        """Make the process groups of a plan, unless they are there.
 
-    def new_groups(self, members: Sequence[range]) -> dist.ProcessGroup:
-        """Divide the ranks into process groups, and return that of this rank. All ranks call it together.
+        Every rank that met at the start calls it together, those outside of this world too.
+        """
+        if plan.group_sizes in self._groups:
+            return
+        if plan.num_groups == 1:
+            self._groups[plan.group_sizes] = self.group
+            return
+        groups = [dist.new_group(ranks, timeout=self.timeout) for ranks in plan.groups]
+        self._groups[plan.group_sizes] = groups[plan.group_of(self.rank)] if self.rank < plan.world_size else None
+
+    def group_of(self, plan: BatchPlan) -> dist.ProcessGroup | None:
+        """Return the ranks that normalize together with this one; None for the default group."""
+        return self._groups[plan.group_sizes]
+
+    def first_ranks(self, size: int, plans: Iterable[BatchPlan]) -> "World | None":
+        """Return the world of the first ``size`` ranks; None on the others. All ranks call it together.
 
         Args:
-            members: ranks of this world, of each group; every rank in one.
+            size: number of ranks.
+            plans: what that world may follow.
         """
-        mine = next(ranks for ranks in members if self.rank in ranks)
-        # Only its members take part, so that a world of some ranks can be divided too.
-        group = dist.new_group(mine, use_local_synchronization=True)
-        assert isinstance(group, dist.ProcessGroup)
-        return group
+        part = replace(self, size=size, group=dist.new_group(range(size), timeout=self.timeout), _groups={})
+        for plan in plans:
+            part.make_groups(plan)
+        return part if self.rank < size else None
 
     def take_buffers_of_first_rank(self, module: nn.Module) -> None:
         """Overwrite every buffer of a module with rank 0's."""

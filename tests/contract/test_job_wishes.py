@@ -250,15 +250,18 @@ def test_a_fork_is_a_queued_job_that_knows_where_it_begins(store):
     assert store.checkpoints(fork.id) == ()
     (found,) = store.resumable_checkpoints(fork.id)
     assert (found.job_id, found.attempt, found.step) == (parent.id, 1, 10)
-    # Among its own it does not look at its parent's.
+    # After its own it may still fall back on its parent's, for as long as that is there.
     run(store, lease, checkpoint(11), job=fork, resume=10)
+    found = [(one.job_id, one.step) for one in store.resumable_checkpoints(fork.id)]
+    assert found == [(fork.id, 11), (parent.id, 10)]
+    store.forget_checkpoint(lease, parent.id, 1, 10)
     assert [(one.job_id, one.step) for one in store.resumable_checkpoints(fork.id)] == [(fork.id, 11)]
 
 
 def test_only_a_checkpoint_that_counts_is_forked_from(store):
     lease = lead(store)
     parent = run(store, lease, checkpoint(10), checkpoint(20))
-    assert store.retire_checkpoint(lease, parent.id, 1, 10)
+    store.retire_checkpoint(lease, parent.id, 1, 10)
     for attempt, step in ((1, 10), (1, 30), (2, 20)):
         with pytest.raises(NotFound, match=str(step)):
             store.fork(make_spec(), Origin(job_id=parent.id, attempt=attempt, step=step))
@@ -267,20 +270,68 @@ def test_only_a_checkpoint_that_counts_is_forked_from(store):
     assert len(store.list_jobs().jobs) == 1
 
 
-def test_a_checkpoint_is_pinned_until_every_fork_of_it_has_its_own(store):
+def test_a_checkpoint_is_not_removable_until_every_fork_of_it_has_its_own(store):
     lease = lead(store)
     parent = run(store, lease, checkpoint(10), checkpoint(20))
     origin = Origin(job_id=parent.id, attempt=1, step=10)
     forks = [store.fork(make_spec(), origin)[0] for _ in range(2)]
-    for fork in forks:
-        assert store.pinned_checkpoints(parent.id) == {(1, 10)}
-        assert not store.retire_checkpoint(lease, parent.id, 1, 10)
-        assert steps(store.checkpoints(parent.id)) == [10, 20]
-        run(store, lease, checkpoint(11), job=fork, resume=10)
-    assert store.pinned_checkpoints(parent.id) == frozenset()
-    assert store.retire_checkpoint(lease, parent.id, 1, 10)
+    store.retire_checkpoint(lease, parent.id, 1, 10)
     assert steps(store.checkpoints(parent.id)) == [20]
+    for fork in forks:
+        assert store.removable_checkpoints(parent.id) == store.removable_checkpoints() == ()
+        assert steps(store.resumable_checkpoints(fork.id)) == [10]
+        run(store, lease, checkpoint(11), job=fork, resume=10)
     assert steps(store.removable_checkpoints(parent.id)) == [10]
+
+
+def test_a_fork_that_has_ended_needs_its_parents_checkpoint_no_more(store):
+    lease = lead(store)
+    parent = run(store, lease, checkpoint(10), checkpoint(20))
+    fork, _ = store.fork(make_spec(), Origin(job_id=parent.id, attempt=1, step=10))
+    store.retire_checkpoint(lease, parent.id, 1, 10)
+    store.request_pause(fork.id)
+    assert store.removable_checkpoints() == ()
+    store.request_cancel(fork.id)
+    assert [(one.job_id, one.step) for one in store.removable_checkpoints()] == [(parent.id, 10)]
+    store.resume(fork.id)
+    assert store.removable_checkpoints() == (), "it is there yet"
+
+
+def test_a_damaged_origin_is_not_taken_for_the_forks_own(store):
+    lease = lead(store)
+    parent = run(store, lease, checkpoint(10), checkpoint(20))
+    origin = Origin(job_id=parent.id, attempt=1, step=20)
+    fork, _ = store.fork(make_spec(), origin)
+    fork = run(store, lease, checkpoint(20), job=fork)
+    _seal(store, lease, fork, Outcome.LOST, Reason.RANK_LOST)
+    start(store, lease, job=fork)
+    torn = CheckpointQuarantined(step=20, message="a file differs", job_id=parent.id, attempt=1)
+    store.ingest(lease, fork.id, 2, records(Launched(supervisor_pid=1), torn))
+    assert steps(store.checkpoints(fork.id)) == [20]
+    assert steps(store.checkpoints(parent.id)) == [10]
+    assert [one.job_id for one in store.resumable_checkpoints(fork.id)] == [fork.id]
+    assert store.events(fork.id)[-1].data == {"step": 20, "job_id": parent.id}
+
+
+def test_what_is_removable_is_found_over_all_jobs(store):
+    lease = lead(store)
+    jobs = [run(store, lease, checkpoint(10), checkpoint(20)) for _ in range(2)]
+    for job in jobs:
+        store.retire_checkpoint(lease, job.id, 1, 10)
+    found = [(one.job_id, one.step) for one in store.removable_checkpoints()]
+    assert found == [(job.id, 10) for job in jobs]
+    assert [one.job_id for one in store.removable_checkpoints(jobs[1].id)] == [jobs[1].id]
+
+
+def test_the_paths_of_an_attempt_are_those_of_all_its_rows(store):
+    lease = lead(store)
+    job = run(store, lease, checkpoint(10), checkpoint(20))
+    paths = {one.path for one in store.checkpoints(job.id)}
+    store.retire_checkpoint(lease, job.id, 1, 10)
+    assert store.committed_paths(job.id, 1) == paths
+    assert store.committed_paths(job.id, 2) == frozenset()
+    store.forget_checkpoint(lease, job.id, 1, 10)
+    assert len(store.committed_paths(job.id, 1)) == 1
 
 
 def test_what_counts_no_more_is_removable_unless_a_fork_needs_it(store):

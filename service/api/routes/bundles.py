@@ -49,13 +49,13 @@ def list_bundles(query: Annotated[UploadListQuery, Query()], parts: AppParts) ->
 @router.get("/{sha256}")
 def get_bundle(sha256: UploadHash, parts: AppParts) -> Upload:
     """Return what is known of a bundle."""
-    return found_upload(parts.uploads, UploadKind.BUNDLE, sha256)
+    return found_upload(parts.uploads, parts.files, UploadKind.BUNDLE, sha256)
 
 
 @router.get("/{sha256}/content", response_class=Response, responses=FILE_RESPONSES)
 def get_bundle_content(sha256: UploadHash, parts: AppParts, wanted: WantedPart) -> Response:
     """Send a bundle, or a range of it."""
-    upload = found_upload(parts.uploads, UploadKind.BUNDLE, sha256)
+    upload = found_upload(parts.uploads, parts.files, UploadKind.BUNDLE, sha256)
     return file_response(
         parts.files,
         parts.uploads.files.path(upload),

@@ -60,12 +60,12 @@ def list_datasets(query: Annotated[UploadListQuery, Query()], parts: AppParts) -
 @router.get("/{sha256}")
 def get_dataset(sha256: UploadHash, parts: AppParts) -> Upload:
     """Return what is known of a file of data."""
-    return found_upload(parts.uploads, UploadKind.DATASET, sha256)
+    return found_upload(parts.uploads, parts.files, UploadKind.DATASET, sha256)
 
 
 @router.get("/{sha256}/content", response_class=Response, responses=FILE_RESPONSES)
 def get_dataset_content(sha256: UploadHash, parts: AppParts, wanted: WantedPart) -> Response:
     """Send a file of data, or a range of it."""
-    upload = found_upload(parts.uploads, UploadKind.DATASET, sha256)
+    upload = found_upload(parts.uploads, parts.files, UploadKind.DATASET, sha256)
     path = parts.uploads.files.path(upload)
     return file_response(parts.files, path, size_bytes=upload.size_bytes, sha256=sha256, wanted=wanted)

@@ -35,11 +35,16 @@ CREATED: dict[int | str, dict[str, Any]] = {
 @router.post("", status_code=201, openapi_extra=SPEC_BODY, responses=CREATED)
 def submit_job(document: RequestDocument, key: RequestKey, parts: AppParts, response: Response) -> Job:
     """Submit a job. Once this is answered, no crash loses it."""
-    spec = parse_spec(document.data)
-    check_uploads(spec, parts.uploads.rows)
-    refuse_unfit(spec, parts)
-    named = key and IdempotencyKey(owner=OWNER, route="POST /v1/jobs", key=key, body_sha256=document.sha256)
-    job, created = parts.store.submit(spec, key=named or None)
+    named = None
+    if key is not None:
+        named = IdempotencyKey(owner=OWNER, route="POST /v1/jobs", key=key, body_sha256=document.sha256)
+    # Before the checks, whose answer may be another by now.
+    job, created = (None if named is None else parts.store.replayed(named)), False
+    if job is None:
+        spec = parse_spec(document.data)
+        check_uploads(spec, parts.uploads.rows)
+        refuse_unfit(spec, parts)
+        job, created = parts.store.submit(spec, key=named)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     if created:
         nudge(parts)

@@ -1,6 +1,7 @@
 """What the owner of a job may ask for: to cancel, pause, resume, resize or fork it."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Response
@@ -8,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from service.api.body import Document, RequestDocument
 from service.api.idempotency import OWNER, REPLAYED_HEADER, RequestKey
-from service.api.parts import AppParts, JobId
+from service.api.parts import AppParts, JobId, Parts
 from service.api.problems import REQUEST_INVALID, Refused
 from service.api.routes.jobs import CREATED, nudge, refuse_unfit
 from service.api.schemas import ForkBody, ResizeBody
@@ -31,45 +32,45 @@ def _body_of(model: type[BaseModel]) -> dict[str, Any]:
 
 
 @router.post("/cancel", status_code=202)
-def cancel_job(job_id: JobId, key: RequestKey, parts: AppParts) -> Job:
+def cancel_job(job_id: JobId, key: RequestKey, parts: AppParts, response: Response) -> Job:
     """Cancel a job that waits at once; ask for a checkpoint and an end of one that runs.
 
     Asking again changes nothing.
     """
-    job = parts.store.request_cancel(job_id, key=_named(key, job_id, "cancel"))
-    nudge(parts)
-    return job
+    named = _named(key, job_id, "cancel")
+    return _once(named, parts, response, lambda: parts.store.request_cancel(job_id, key=named))
 
 
 @router.post("/pause", status_code=202)
-def pause_job(job_id: JobId, key: RequestKey, parts: AppParts) -> Job:
+def pause_job(job_id: JobId, key: RequestKey, parts: AppParts, response: Response) -> Job:
     """Pause a queued job at once; ask for a checkpoint and a pause of one that runs.
 
     Asking again changes nothing.
     """
-    job = parts.store.request_pause(job_id, key=_named(key, job_id, "pause"))
-    nudge(parts)
-    return job
+    named = _named(key, job_id, "pause")
+    return _once(named, parts, response, lambda: parts.store.request_pause(job_id, key=named))
 
 
 @router.post("/resume", status_code=202)
-def resume_job(job_id: JobId, key: RequestKey, parts: AppParts) -> Job:
+def resume_job(job_id: JobId, key: RequestKey, parts: AppParts, response: Response) -> Job:
     """Queue a job again that was paused, has failed or was cancelled; it goes on from its last checkpoint."""
-    job = parts.store.resume(job_id, key=_named(key, job_id, "resume"))
-    nudge(parts)
-    return job
+    named = _named(key, job_id, "resume")
+    return _once(named, parts, response, lambda: parts.store.resume(job_id, key=named))
 
 
 @router.post("/resize", status_code=202, openapi_extra=_body_of(ResizeBody))
-def resize_job(document: RequestDocument, job_id: JobId, key: RequestKey, parts: AppParts) -> Job:
+def resize_job(document: RequestDocument, job_id: JobId, key: RequestKey, parts: AppParts, response: Response) -> Job:
     """Let an elastic job have so many workers from now on, as soon as there is room for them."""
     workers = _parse(ResizeBody, document).workers
-    problem = resize_problem(parts.store.get(job_id).spec, workers)
-    if problem is not None:
-        raise InvalidSpec("The job cannot be resized like this.", (problem,))
-    job = parts.store.request_resize(job_id, workers, key=_named(key, job_id, "resize", document.sha256))
-    nudge(parts)
-    return job
+    named = _named(key, job_id, "resize", document.sha256)
+
+    def resize() -> Job:
+        problem = resize_problem(parts.store.get(job_id).spec, workers)
+        if problem is not None:
+            raise InvalidSpec("The job cannot be resized like this.", (problem,))
+        return parts.store.request_resize(job_id, workers, key=named)
+
+    return _once(named, parts, response, resize)
 
 
 @router.post("/fork", status_code=201, openapi_extra=_body_of(ForkBody), responses=CREATED)
@@ -91,6 +92,17 @@ def fork_job(document: RequestDocument, job_id: JobId, key: RequestKey, parts: A
         nudge(parts)
     else:
         response.headers[REPLAYED_HEADER] = "true"
+    return job
+
+
+def _once(named: IdempotencyKey | None, parts: Parts, response: Response, ask: Callable[[], Job]) -> Job:
+    """Ask for something, unless an earlier request with this key did; then say so."""
+    earlier = None if named is None else parts.store.replayed(named)
+    if earlier is not None:
+        response.headers[REPLAYED_HEADER] = "true"
+        return earlier
+    job = ask()
+    nudge(parts)
     return job
 
 

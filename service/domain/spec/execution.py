@@ -2,10 +2,10 @@
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from service.domain.batch_plan import MAX_WORLD_SIZE
-from service.domain.spec.base import SpecModel, problem
+from service.domain.spec.base import STORED, SpecModel, problem
 
 
 class CodeSpec(SpecModel):
@@ -54,8 +54,8 @@ class RehearsalSpec(SpecModel):
     steps: Annotated[int, Field(ge=1, le=1000)] = 3
 
     @model_validator(mode="after")
-    def _worlds_differ(self) -> Self:
-        if self.worlds[0] == self.worlds[1]:
+    def _worlds_differ(self, info: ValidationInfo) -> Self:
+        if info.context is not STORED and self.worlds[0] == self.worlds[1]:
             raise problem("worlds", "are the same, so they show nothing. Name two different ones.")
         return self
 

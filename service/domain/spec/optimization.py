@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
-from service.domain.spec.base import MetricName, SpecModel, problem
+from service.domain.spec.base import STORED, MetricName, SpecModel, problem
 
 LearningRate = Annotated[float, Field(gt=0, le=1e6)]
 WeightDecay = Annotated[float, Field(ge=0, le=1e3)]
@@ -97,7 +97,7 @@ class EarlyStoppingSpec(SpecModel):
     min_delta: Annotated[float, Field(ge=0, le=1e9, description="what counts as one")] = 0.0
 
     @model_validator(mode="after")
-    def _metric_is_evaluated(self) -> Self:
-        if not self.metric.startswith("eval/"):
+    def _metric_is_evaluated(self, info: ValidationInfo) -> Self:
+        if info.context is not STORED and not self.metric.startswith("eval/"):
             raise problem("metric", f"{self.metric} is no metric of the evaluations. Use one of eval/, as eval/loss.")
         return self

@@ -16,6 +16,7 @@ from service.domain.catalog.augmentations import (
     TranslateArguments,
 )
 from service.domain.spec import AugmentationSpec
+from service.training.data.randomness import randomness_kept, seed_all
 from service.training.data.source import Sample
 from service.training.errors import BadFactory, BadSample
 from service.training.factories import call_factory
@@ -27,6 +28,10 @@ Augmentation = Callable[[Sample, torch.Generator], Sample]
 
 class Transform(Protocol):
     """What is done to a training sample before it is stacked."""
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether a thread may apply it while the model computes: it touches no state that is shared."""
 
     def __call__(self, sample: Sample, *, epoch: int, index: int) -> Sample:
         """Return another sample; the given one is left as it is.
@@ -61,6 +66,10 @@ class _Augmentations:
     steps: tuple[Augmentation, ...]
     seed: int
 
+    @property
+    def reads_ahead(self) -> bool:
+        return not any(isinstance(step, _UserAugmentation) for step in self.steps)
+
     def __call__(self, sample: Sample, *, epoch: int, index: int) -> Sample:
         generator = torch.Generator()
         for position, augment in enumerate(self.steps):
@@ -92,7 +101,10 @@ class _UserAugmentation:
     reference: str
 
     def __call__(self, sample: Sample, generator: torch.Generator) -> Sample:
-        result = self.augment(sample, generator)
+        # Many draw from the generators that all of a process shares, whatever they are handed.
+        with randomness_kept():
+            seed_all(derive_seed(seed=generator.initial_seed(), purpose="shared generators"))
+            result = self.augment(sample, generator)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], torch.Tensor):
             raise BadFactory(
                 f"{self.field}.factory: what {self.reference} returned gave {type(result).__name__} for a sample; "

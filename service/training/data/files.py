@@ -2,10 +2,12 @@
 
 import fcntl
 import hashlib
+import lzma
 import os
 import posixpath
 import shutil
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,9 @@ import fsspec
 from service.domain.uploads import UPLOAD_PREFIX
 from service.training.data.context import DataContext
 from service.training.errors import BadSample, DatasetError
+
+DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError)
+"""What reading a member of a zip archive raises where its bytes are not what they were."""
 
 
 def local_file(path: str, context: DataContext, *, field: str) -> Path:
@@ -132,12 +137,7 @@ class _ZipTree(FileTree):
         try:
             with self._lock:
                 return self._open().read(name)
-        except (
-            zipfile.BadZipFile,
-            OSError,
-            RuntimeError,
-            NotImplementedError,
-        ) as error:  # encrypted, or unknown method
+        except (*DAMAGED_ARCHIVE, RuntimeError) as error:  # RuntimeError: encrypted, or an unknown method
             raise BadSample(f"dataset: {name} of {self._path} cannot be read: {error}.") from None
 
     def _open(self) -> zipfile.ZipFile:

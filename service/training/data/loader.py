@@ -7,7 +7,7 @@ import signal
 import threading
 import traceback
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -21,7 +21,8 @@ from service.linux import die_with_parent, set_process_name
 from service.training.data.augmentation import Transform
 from service.training.data.source import Batch, Source, Stream, collate
 from service.training.data.stream import StreamCursor
-from service.training.errors import DatasetError
+from service.training.errors import BadSample, DatasetError
+from service.training.wording import first_of
 
 
 class Loader:
@@ -39,7 +40,7 @@ class Loader:
         num_workers: processes that read; 0 for none. A stream is read by one at most. They are forked when the first
             iteration begins, and die with this process.
         prefetch: micro-steps that each worker reads ahead. Without workers a thread reads ahead where that pays, see
-            ``Source.reads_ahead``; 0 turns it off.
+            ``Source.reads_ahead``, and the transform allows it; 0 turns it off.
         pin_memory: whether batches of an iteration lie in page-locked memory; needs a GPU.
     """
 
@@ -60,9 +61,15 @@ class Loader:
         self._epoch_of = epoch_of
         self._prefetch = prefetch
         self._pin_memory = pin_memory
-        self._at_once = _Reader(source, transform)
+        self._source = source
+        self._transform = transform
         self._ahead = _Reader(source, transform)
-        self._reads_in_thread = prefetch > 0 and isinstance(source, Source) and source.reads_ahead
+        self._reads_in_thread = (
+            prefetch > 0
+            and isinstance(source, Source)
+            and source.reads_ahead
+            and (transform is None or transform.reads_ahead)
+        )
         self._running: _Iteration | None = None
         self._sampler = _Sampler()
         self._workers: DataLoader[Batch] | None = None
@@ -86,7 +93,17 @@ class Loader:
         Raises:
             BadSample, DatasetError, Exception: what reading a sample raised.
         """
-        return self._at_once.read(self._request(step, micro_step))
+        return next(self.read_several([(step, micro_step)]))
+
+    def read_several(self, micro_steps: Iterable[tuple[int, int]]) -> Iterator[Batch]:
+        """Read as ``read`` does, one after another; a stream is gone through once, where they are in order.
+
+        Args:
+            micro_steps: pairs of a step and a micro-step of it.
+        """
+        # Not kept: a stream's buffer may take much memory, and this is seldom called.
+        reader = _Reader(self._source, self._transform)
+        return (reader.read(self._request(step, micro_step)) for step, micro_step in micro_steps)
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """Read every micro-step of every step in order; reading ahead begins now.
@@ -153,6 +170,16 @@ class _Reader:
 
     def read(self, request: _Request) -> Batch:
         """Raise what reading a sample raises."""
+        try:
+            return self._read(request)
+        except StopIteration as error:  # which would end the batches, as if there were no more of them
+            rows = first_of([str(row) for row in request.rows])
+            raise BadSample(
+                f"dataset: reading samples {rows} raised StopIteration, which only an iterator may raise. Correct the "
+                "dataset: next() of an iterator that was empty?"
+            ) from error
+
+    def _read(self, request: _Request) -> Batch:
         epoch, rows = request
         if not len(rows):
             return self._empty_batch(epoch)

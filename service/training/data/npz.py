@@ -1,6 +1,5 @@
 """Arrays of a NumPy archive."""
 
-import zipfile
 from collections.abc import Mapping
 from difflib import get_close_matches
 
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 from service.domain.catalog.datasets import NpzArguments
 from service.training.data.arrays import dataset_of_arrays
 from service.training.data.context import DataContext
-from service.training.data.files import local_file
+from service.training.data.files import DAMAGED_ARCHIVE, local_file
 from service.training.data.source import Dataset
 from service.training.data.splits import split_rows
 from service.training.errors import DatasetError
@@ -24,7 +23,7 @@ def build_npz(arguments: Mapping[str, object], context: DataContext) -> Dataset:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise DatasetError(f"dataset.args.path: {options.path} holds one array; save several with numpy.savez.")
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (*DAMAGED_ARCHIVE, ValueError) as error:
         raise DatasetError(f"dataset.args.path: {options.path} is no NumPy archive (.npz): {error}") from None
     with archive:
 
@@ -59,7 +58,7 @@ def _array(archive: Mapping[str, NDArray[np.generic]], name: str, *, path: str, 
         raise DatasetError(f"{field}: {path} has no array {name!r}. {hint}It has: {', '.join(sorted(archive))}.")
     try:
         found = archive[name]
-    except (ValueError, OSError, zipfile.BadZipFile) as error:  # Python objects, which would have to be unpickled
+    except (*DAMAGED_ARCHIVE, ValueError) as error:  # ValueError: Python objects, which would have to be unpickled
         raise DatasetError(f"{field}: array {name} of {path} cannot be read: {error}") from None
     if found.ndim == 0:
         raise DatasetError(f"{field}: array {name} of {path} is a single number; its first axis counts samples.")

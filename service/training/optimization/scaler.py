@@ -18,16 +18,13 @@ class LossScaler:
 
     Attributes:
         scale: what the loss has to be multiplied by before ``backward``.
-        num_skipped: steps so far.
     """
 
     scale: float
-    num_skipped: int
 
     def __init__(self, *, initial_scale: float = 2.0**16, growth_interval: int = 2000) -> None:
         self._growth_interval = growth_interval
         self.scale = initial_scale
-        self.num_skipped = 0
         self._steps_since_overflow = 0
 
     @property
@@ -60,7 +57,6 @@ class LossScaler:
         """
         if not is_finite:
             self.scale /= 2
-            self.num_skipped += 1
             self._steps_since_overflow = 0
             return
         self._steps_since_overflow += 1
@@ -72,12 +68,10 @@ class LossScaler:
         """Return the state for a checkpoint."""
         return {
             "scale": self.scale,
-            "num_skipped": self.num_skipped,
             "steps_since_overflow": self._steps_since_overflow,
         }
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
         """Go to a state that ``state_dict`` returned."""
         self.scale = float(state["scale"])
-        self.num_skipped = int(state["num_skipped"])
         self._steps_since_overflow = int(state["steps_since_overflow"])

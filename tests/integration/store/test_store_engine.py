@@ -160,3 +160,17 @@ def test_pages_curves_and_queues_are_read_through_indices(tmp_path):
     assert scans in ([], ["SCAN jobs"]), plans
     for index in ("ix_jobs_queue", "ix_attempts_live", "ix_metrics_curve", "ix_metrics_feed"):
         assert any(index in plan for plan in plans), (index, plans)
+
+
+def test_a_job_that_would_be_refused_by_now_stops_nobody(store, database_url):
+    lease = lead(store)
+    job_id = run(store, lease).id
+    queued, _ = store.submit(make_spec(name="queued"))
+    engine = create_engine(database_url)
+    with engine.begin() as connection:
+        spec = make_spec().model_copy(update={"epochs": 3})  # beside steps
+        connection.execute(sa.text("UPDATE jobs SET spec = :spec"), {"spec": spec.model_dump_json()})
+    engine.dispose()
+    assert [job.id for job in store.list_jobs().jobs] == [queued.id, job_id]
+    assert [job.id for job in store.queued_jobs()] == [queued.id]
+    assert [entry.job.spec for entry in store.live_attempts()] == [spec]

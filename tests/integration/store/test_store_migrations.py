@@ -18,7 +18,6 @@ from service.store.engine import create_engine
 from service.store.tables import metadata
 from tests.contract.store_examples import make_spec
 
-
 # As that version wrote it down.
 OF_THE_FIRST_VERSION = {
     "name": "digits",

@@ -4,6 +4,7 @@ A failure of equality shows as curves that depend on `loading` or on the world; 
 behind.
 """
 
+import gc
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +236,56 @@ class TestErrors:
         expected = DatasetError if num_workers else Unpicklable
         with pytest.raises(expected, match="no such row"):
             self._read(open_loader, Unpicklable("no such row", 2), num_workers, reads_ahead)
+
+    def test_a_dataset_does_not_end_the_batches(self, open_loader, num_workers, reads_ahead):
+        with pytest.raises(BadSample, match=r"^dataset: reading samples 6, 7, 8 and 3 more raised StopIteration"):
+            self._read(open_loader, StopIteration(), num_workers, reads_ahead)
+
+
+class SharedDraws:
+    """Draws as torchvision's transforms do, which a thread beside the model must not."""
+
+    reads_ahead = False
+
+    def __call__(self, sample, *, epoch, index):
+        assert threading.current_thread() is threading.main_thread()
+        return sample
+
+
+def test_a_transform_that_shares_generators_is_not_applied_by_a_thread(open_loader, images):
+    loader = open_loader(images, transform=SharedDraws())
+    assert images.reads_ahead
+    assert len(list(loader.batches(0, 0))) == MICRO_STEPS
+
+
+class CountedStream(IterableDataset):
+    """Knows how often it was begun, and which of its samples are alive."""
+
+    def __init__(self):
+        self.begun = 0
+        self.alive = weakref.WeakSet()
+
+    def __len__(self):
+        return 30
+
+    def __iter__(self):
+        self.begun += 1
+        for number in range(30):
+            image = torch.tensor([float(number)])
+            self.alive.add(image)
+            yield image, number
+
+
+def test_reading_at_once_keeps_nothing_of_a_stream(open_loader):
+    stream = CountedStream()
+    source = ShuffledStream(IterableStream(stream, seed=3), buffer_size=20, seed=3)
+    loader = open_loader(source, in_order=True)
+    at_once = [loader.read(0, 0), loader.read(0, 1)]
+    gc.collect()
+    assert not stream.alive
+    stream.begun = 0
+    assert_equal(list(loader.read_several([(0, 0), (0, 1)])), at_once)
+    assert stream.begun == 1
 
 
 def test_a_worker_that_is_killed_is_told_with_what_to_do(open_loader, images):

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from service.domain.journal import ExactnessFound
 from service.training.data import build_dataset
 from service.training.models import build_model
 from service.training.sampling import SampleOrder
 from tests.integration.training.brought_code import HERE
-from tests.integration.training.gang import job_spec, run_job
+from tests.integration.training.gang import MLP, job_spec, run_gang, run_job
 
 SMALL = {"factory": "builtin:digits", "args": {"test_fraction": 0.8459}}  # 277 images to train on
 PLAIN = {"factory": f"{HERE}:plain"}
@@ -164,3 +165,19 @@ def _assert_equal_on(worlds, spec, tmp_path):
         torch.testing.assert_close(_model(found), _model(expected), rtol=RTOL, atol=RTOL)
         (verdict,) = [message for message in found.messages if message.kind == "exactness"]
         assert (verdict.exact, verdict.reasons) == (True, ())
+
+
+def test_a_rehearsal_before_a_job_in_groups(tmp_path):
+    # Ranks that sat out the rehearsal have to find the groups that the others make.
+    spec = job_spec(
+        model=MLP,
+        precision="float64",
+        batch={"size": 16, "normalization_size": 8},
+        workers=4,
+        steps=3,
+        schedule={"warmup_steps": 0},
+        exactness={"rehearse": {"worlds": [1, 2], "steps": 2}},
+    )
+    ranks = run_gang(spec, world_size=4, staging_dir=tmp_path)
+    assert [rank.exit_status for rank in ranks] == [0] * 4, ranks[0].log
+    assert "Rehearsed 2 steps" in ranks[0].of(ExactnessFound)[0].rehearsed

@@ -54,6 +54,19 @@ def test_an_idempotency_key_names_one_job(service, api):
     assert service.nudges == 1
 
 
+def test_a_repeated_request_is_answered_as_the_first_was_whatever_would_be_refused_by_now(small, api):
+    headers = {"Idempotency-Key": "one"}
+    first = api.post("/v1/jobs", json=spec_data(workers=2), headers=headers)
+    assert first.status_code == 201
+    small.stop()
+    small.capacity = [Node(id="n1", address="", total=Resources(cpus=1.0))]
+    small.start()
+    again = api.post("/v1/jobs", json=spec_data(workers=2), headers=headers)
+    assert (again.status_code, again.json()) == (201, first.json())
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert api.post("/v1/jobs", json=spec_data(workers=2)).status_code == 422
+
+
 @pytest.mark.parametrize("key", ["", "a" * 256, "tab\there", b"\xe9"])
 def test_a_key_must_be_short_and_printable(service, api, key):
     answer = api.post("/v1/jobs", json=spec_data(), headers={"Idempotency-Key": key})

@@ -66,6 +66,17 @@ def test_a_key_names_one_wish_for_one_job(service, api):
         assert _problem(api.post(path, json={"workers": 3}, headers=headers)) == (422, "idempotency-conflict")
 
 
+def test_a_repeated_wish_says_so(service, api):
+    job = service.submit(**ELASTIC)
+    headers = {"Idempotency-Key": "one"}
+    for action, body in (("pause", None), ("resume", None), ("resize", {"workers": 2}), ("cancel", None)):
+        path = f"/v1/jobs/{job.id}/{action}"
+        first, again = (api.post(path, json=body, headers=headers) for _ in range(2))
+        assert "Idempotent-Replayed" not in first.headers
+        assert (again.status_code, again.headers["Idempotent-Replayed"]) == (202, "true"), action
+        assert again.json() == first.json()
+
+
 def test_resize(service, api):
     job_id = _running(service, **ELASTIC)
     answer = api.post(f"/v1/jobs/{job_id}/resize", json={"workers": 2})

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from service.api.limits import MAX_BODY_BYTES, UPLOAD_DEADLINE_S
+from service.api.uploads import MAX_UPLOADS_PER_JOB
 from service.domain.uploads import MAX_BUNDLE_BYTES, MAX_DATASET_BYTES, UploadKind
 from service.storage.archive import BUNDLE_LIMITS, MAX_NAME_BYTES, MAX_PART_BYTES, RATIO_MATTERS_FROM_BYTES
 from service.storage.uploads import DATASET_SUFFIXES
@@ -48,6 +49,24 @@ def test_a_bundle_that_was_damaged_in_storage_is_repaired_by_sending_it_again(se
     service.files.files[f"bundles/{SHA256}.zip"] = b"damaged"
     assert api.post("/v1/bundles", content=BUNDLE).status_code == 200
     assert service.files.files[f"bundles/{SHA256}.zip"] == BUNDLE
+
+
+@pytest.mark.parametrize("content", [None, BUNDLE[:-1], b""])
+def test_what_storage_has_lost_is_not_found_and_sending_it_again_brings_it_back(service, api, content):
+    paths = {f"/v1/bundles/{SHA256}": f"bundles/{SHA256}.zip"}
+    api.post("/v1/bundles", content=BUNDLE)
+    sha256 = api.post("/v1/datasets", params={"name": "b.zip"}, content=BUNDLE).json()["sha256"]
+    paths[f"/v1/datasets/{sha256}"] = f"datasets/{sha256}/b.zip"
+    for path, file in paths.items():
+        if content is None:
+            del service.files.files[file]
+        else:
+            service.files.files[file] = content
+        for answer in (api.get(path), api.get(f"{path}/content")):
+            assert answer.status_code == 404
+            assert "Upload it again: `syncbn" in answer.json()["detail"]
+    assert api.post("/v1/bundles", content=BUNDLE).status_code == 200
+    assert api.get(f"/v1/bundles/{SHA256}/content").content == BUNDLE
 
 
 def test_a_bundle_is_sent_back_with_tag_and_ranges(api):
@@ -239,6 +258,30 @@ def test_a_job_that_names_what_was_uploaded_is_accepted(service, api):
     assert service.uploads.find_upload(UploadKind.DATASET, SHA256) is None
 
 
+def test_each_upload_of_a_job_is_looked_up_once_and_their_number_is_limited(service, api, monkeypatch):
+    from tests.fake_uploads import FakeUploadStore
+
+    looked_up = []
+    real = FakeUploadStore.find_upload
+    monkeypatch.setattr(FakeUploadStore, "find_upload", lambda *args: looked_up.append(args[2]) or real(*args))
+
+    def errors(hashes):
+        dataset = {"factory": "mine:data", "args": {"files": [f"upload:{sha256}" for sha256 in hashes]}}
+        answer = api.post("/v1/jobs/plan", json=spec_data(dataset=dataset))
+        assert answer.status_code == 422
+        return answer.json()["errors"]
+
+    assert [error["field"] for error in errors([HEX] * 50 + ["1" * 64])] == [
+        "dataset.args.files.0",
+        "dataset.args.files.50",
+    ]
+    assert looked_up == [HEX, "1" * 64]
+    looked_up.clear()
+    (error,) = errors([f"{n:064x}" for n in range(MAX_UPLOADS_PER_JOB + 1)])
+    assert error["field"] == f"dataset.args.files.{MAX_UPLOADS_PER_JOB}"
+    assert not looked_up
+
+
 def test_limits_are_documented():
     document = (Path(__file__).parents[3] / "docs" / "bringing.md").read_text()
     limits = BUNDLE_LIMITS
@@ -248,6 +291,7 @@ def test_limits_are_documented():
         f"more than {RATIO_MATTERS_FROM_BYTES >> 20} MiB that is compressed more than {limits.ratio} times",
         f"{MAX_PART_BYTES} bytes a part and {MAX_NAME_BYTES} in all",
         f"At most {MAX_DATASET_BYTES >> 30} GiB a file",
+        f"at most {MAX_UPLOADS_PER_JOB} uploads",
         *(f"`{suffix}`" for suffix in DATASET_SUFFIXES),
     ):
         assert part in document, part

@@ -130,6 +130,47 @@ def test_changes_are_nested_or_dotted_and_name_only_what_they_change():
     assert _after(before, {"optimizer.name": "adamw"}).optimizer.weight_decay == 0.01
 
 
+def test_a_name_among_arguments_or_labels_is_one_of_them_and_no_kind():
+    before = _spec(
+        dataset={"factory": "package.module:data", "args": {"name": "train", "count": 3}},
+        labels={"name": "a", "team": "x"},
+    )
+    after = _after(before, {"dataset.args.name": "val", "labels.name": "b"})
+    assert after.dataset.args == {"name": "val", "count": 3}
+    assert after.labels == {"name": "b", "team": "x"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schedule.milestones": [50], "schedule.name": "step"},
+        {"schedule.name": "step", "schedule.milestones": [50]},
+        {"schedule.name": "step", "schedule": {"milestones": [50]}},
+        {"schedule": {"milestones": [50]}, "schedule.name": "step"},
+    ],
+    ids=str,
+)
+def test_the_order_of_changes_does_not_matter(changes):
+    schedule = _after(_spec(schedule={"name": "cosine", "warmup_steps": 3}), changes).schedule
+    assert (schedule.name, schedule.milestones, schedule.warmup_steps) == ("step", (50,), 0)
+    assert all(not isinstance(value, dict) or value == {"milestones": [50]} for value in changes.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"optimizer": {"learning_rate": 0.1}, "optimizer.learning_rate": 0.1}, "optimizer.learning_rate"),
+        ({"workers.max": 4, "workers": 3}, "workers"),
+        ({"ema": None, "ema.decay": 0.9}, "ema"),
+    ],
+    ids=str,
+)
+def test_a_field_that_is_given_twice_is_refused(changes, field):
+    with pytest.raises(InvalidSpec) as caught:
+        changed(_spec(), changes)
+    assert [problem.field for problem in caught.value.problems] == [field]
+
+
 def test_steps_and_epochs_replace_each_other():
     assert _after(_spec(), {"epochs": 2}).steps is None
     assert _after(_spec(steps=None, epochs=2), {"steps": 9}).epochs is None

@@ -25,8 +25,8 @@ def _checkpoint(step, *, attempt=1, **metrics):
     )
 
 
-def _removed(checkpoints, *, pinned=(), **policy):
-    return [one.step for one in to_remove(checkpoints, CheckpointSpec.model_validate(policy), pinned=pinned)]
+def _removed(checkpoints, **policy):
+    return [one.step for one in to_remove(checkpoints, CheckpointSpec.model_validate(policy))]
 
 
 def test_the_newest_are_kept_in_whatever_order_they_come():
@@ -61,27 +61,21 @@ def test_every_so_manieth_is_kept():
     assert _removed(checkpoints, keep_last=1, keep_every_steps=40) == [10, 20, 30, 50, 60, 70, 90]
 
 
-def test_what_another_job_needs_is_kept_by_attempt_and_step():
-    checkpoints = [_checkpoint(10), _checkpoint(20, attempt=2), _checkpoint(30, attempt=2)]
-    assert _removed(checkpoints, keep_last=1, pinned={(1, 10), (1, 20)}) == [20]
-
-
 @given(
     steps=st.sets(st.integers(1, 60), max_size=20),
     values=st.dictionaries(st.integers(1, 60), st.integers(-3, 3).map(float)),
     keep_last=st.integers(1, 5),
     keep_every=st.none() | st.integers(1, 20),
     best=st.none() | st.tuples(st.sampled_from(["min", "max"]), st.integers(1, 4)),
-    pinned=st.sets(st.tuples(st.just(1), st.integers(1, 60)), max_size=3),
 )
-def test_a_checkpoint_goes_if_and_only_if_no_rule_keeps_it(steps, values, keep_last, keep_every, best, pinned):
+def test_a_checkpoint_goes_if_and_only_if_no_rule_keeps_it(steps, values, keep_last, keep_every, best):
     checkpoints = [_checkpoint(step, **({"eval_loss": values[step]} if step in values else {})) for step in steps]
     keep_best = None if best is None else KeepBestSpec(metric="eval/loss", mode=best[0], count=best[1])
     policy = CheckpointSpec(keep_last=keep_last, keep_best=keep_best, keep_every_steps=keep_every)
-    removed = {one.step for one in to_remove(checkpoints, policy, pinned=pinned)}
+    removed = {one.step for one in to_remove(checkpoints, policy)}
 
     def is_kept(step):
-        if sum(other > step for other in steps) < keep_last or (1, step) in pinned:
+        if sum(other > step for other in steps) < keep_last:
             return True
         if keep_every is not None and step % keep_every == 0:
             return True

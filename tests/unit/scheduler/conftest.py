@@ -1,11 +1,12 @@
 import shutil
+from concurrent.futures import Future
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from service.domain.job import JobStatus
 from service.domain.spec import parse_spec
-from service.scheduler import follower, loop
+from service.scheduler import follower, loop, sweeper
 from service.scheduler.launches import LaunchFactory
 from service.scheduler.loop import Scheduler
 from service.storage.object_store import ObjectStore
@@ -82,8 +83,27 @@ class House:
         return job.status, job.reason
 
 
+class InlineExecutor:
+    """Does at once what a thread would do some time."""
+
+    def __init__(self, **_):
+        pass
+
+    def submit(self, function, *args):
+        future = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_):
+        pass
+
+
 @pytest.fixture
 def house(tmp_path, migrated_file, monkeypatch):
+    monkeypatch.setattr(sweeper, "ThreadPoolExecutor", InlineExecutor)
     # Every iteration looks at the nodes and repeats what may have been lost.
     monkeypatch.setattr(loop, "NODES_INTERVAL_S", 0.0)
     monkeypatch.setattr(follower, "STOP_REPEAT_S", 0.0)

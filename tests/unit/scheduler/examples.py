@@ -10,12 +10,12 @@ from service.domain.spec import parse_spec
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def make_job(name, *, workers=1, cpus=1.0, gpus=0, memory_bytes=None, priority=0, batch=None, **changes):
+def make_job(name, *, workers=1, cpus=1.0, gpus=0, memory_bytes=None, priority=0, batch=None, dataset=None, **changes):
     spec = parse_spec(
         {
             "name": name,
             "model": {"factory": "builtin:mlp"},
-            "dataset": {"factory": "builtin:digits"},
+            "dataset": dataset or {"factory": "builtin:digits"},
             "batch": batch or {"size": 64},
             "steps": 1,
             "workers": workers,

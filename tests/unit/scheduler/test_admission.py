@@ -166,3 +166,14 @@ def test_whoever_waits_first_in_line_starts_as_soon_as_the_cluster_is_empty(size
     if possible:
         starts, _ = admit(possible, [], nodes)
         assert starts[0].job == possible[0]
+
+
+def test_a_job_without_an_exact_world_as_an_earlier_version_may_have_accepted_stops_nobody():
+    old = _job("old", workers={"min": 2, "max": 4})
+    old = old.model_copy(
+        update={"spec": old.spec.model_copy(update={"batch": old.spec.batch.model_copy(update={"size": 1})})}
+    )
+    assert exact_worlds(old.spec) == ()
+    starts, waits = admit([old, _job("new")], [], [_node("n", 4)])
+    assert [len(start.node_ids) for start in starts] == [2, 1]
+    assert waits == ()

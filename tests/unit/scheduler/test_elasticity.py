@@ -10,6 +10,7 @@ from service.domain.job import AttemptStatus, JobStatus, Reason
 from service.domain.placement import place_gang
 from service.scheduler.admission import admit, first_in_line
 from service.scheduler.elasticity import decide_resizes
+from service.scheduler.room import Room
 from tests.unit.scheduler.examples import make_job, make_live, make_node
 
 ELASTIC = {"min": 1, "max": 4}
@@ -119,6 +120,58 @@ def test_room_on_a_node_where_it_does_not_help_is_not_asked_for():
     nodes = [make_node("n", 3), make_node("m", 2)]
     # Two CPUs on one node: only a can make it so.
     assert _decide([make_job("c", cpus=2)], live, nodes) == {"a": 1}
+
+
+def test_what_fewer_ranks_leave_is_found_where_it_helps():
+    live = make_live(make_job("a", workers={"min": 1, "max": 6}), "n", "n", "n", "m", "m", "o")
+    nodes = [make_node("n", 3), make_node("m", 3), make_node("o", 3)]
+    # Three CPUs on one node; two of that of the last rank are free already.
+    assert _decide([make_job("b", cpus=3)], [live], nodes) == {"a": 5}
+    assert _decide([make_job("b", cpus=3, workers=2)], [live], nodes) == {"a": 3}
+
+
+@given(data=st.data())
+def test_a_shrink_is_the_least_that_helps(data):
+    worlds = {"min": 1, "max": 12}
+    names = ["n", "m", "o", "p"]
+    places = [name for name in names for _ in range(data.draw(st.integers(0, 3)))] or ["n"]
+    live = make_live(make_job("a", workers=worlds), *places)
+    nodes = [make_node(name, places.count(name) + data.draw(st.integers(0, 3))) for name in names]
+    head = make_job("b", cpus=data.draw(st.sampled_from([1, 2, 3, 5])), workers=data.draw(st.integers(1, 4)))
+    if admit([head], [live], nodes)[0]:
+        return
+    enough = [
+        world
+        for world in worlds_of(live.job)
+        if world < len(places) and admit([head], [make_live(live.job, *_kept(places, world))], nodes)[0]
+    ]
+    expected = {"a": enough[0]} if enough else {}
+    decided = {name: world for name, world in _decide([head], [live], nodes).items() if world < len(places)}
+    assert decided == expected
+
+
+def _kept(places, world):
+    """The places that stay: most of them on few nodes."""
+    return sorted(places, key=lambda name: (-places.count(name), name))[:world]
+
+
+def test_thousands_of_worlds_take_few_looks_at_the_cluster(monkeypatch):
+    # Each of them takes milliseconds on a large cluster, and all of them happen between two renewals of the lease.
+    num_placed, num_counted = Counter(), Counter()
+    place, num_fitting = Room.place, Room.num_fitting
+    monkeypatch.setattr(Room, "place", lambda *args: num_placed.update("n") or place(*args))
+    monkeypatch.setattr(Room, "num_fitting", lambda *args: num_counted.update("n") or num_fitting(*args))
+    workers, batch = {"min": 1, "max": 4096}, {"size": 4096}
+    factory = {"factory": "package.module:data"}
+    jobs = [make_job(f"j{number}", workers=workers, batch=batch, dataset=factory) for number in range(4)]
+    nodes = [make_node(f"n{number}", 8) for number in range(16)]
+    starts, _ = admit(jobs, [], nodes)
+    assert [len(start.node_ids) for start in starts] == [125, 1, 1, 1]
+    live = [make_live(start.job, *start.node_ids) for start in starts]
+    assert _decide([make_job("head", workers=60)], live, nodes) == {"j0": 65}
+    assert _decide([], live[1:], nodes) == {"j1": 126}
+    assert num_placed.total() < 20
+    assert num_counted.total() < 60
 
 
 _ranges = st.tuples(st.integers(1, 3), st.integers(0, 5)).map(lambda pair: {"min": pair[0], "max": pair[0] + pair[1]})

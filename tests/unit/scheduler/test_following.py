@@ -1,11 +1,13 @@
 """What becomes of attempts, one iteration at a time. A failure means a lost job, a wrong end, or work done twice."""
 
+import time
+
 import pytest
 
 from service.domain.errors import StorageError, Unavailable
 from service.domain.job import AttemptStatus, Failure, JobStatus, Outcome, Reason
 from service.domain.journal import CheckpointQuarantined, Ended, Metrics, Resumed, Warned
-from service.domain.ports import SupervisorState
+from service.domain.ports import UPLOAD_TIMEOUT_S, SupervisorState
 from service.scheduler import follower
 from service.storage.layout import checkpoint_dir, journal_dir
 from tests.fake_cluster import make_node
@@ -483,6 +485,22 @@ def test_an_attempt_that_does_not_stop_is_given_up_in_the_end(house, scheduler, 
     scheduler.step()
     assert house.status(job_id) == (JobStatus.CANCELLED, Reason.CANCELLED)
     assert (job_id, 1) in house.cluster.closed
+
+
+def test_the_last_checkpoint_may_take_as_long_as_its_upload(house, scheduler, monkeypatch):
+    job_id = house.start(scheduler)
+    house.store.request_cancel(job_id)
+    scheduler.step()
+    began = time.monotonic()
+    grace_s = house.cluster.launches[-1].stop_grace_s
+    monkeypatch.setattr(follower.time, "monotonic", lambda: began + grace_s + UPLOAD_TIMEOUT_S)
+    scheduler.step()
+    assert house.status(job_id)[0] is JobStatus.STOPPING
+    house.cluster.checkpoint(job_id, 1, 7)
+    house.cluster.end(job_id, 1, Outcome.STOPPED, Reason.CANCEL_REQUESTED)
+    scheduler.step()
+    assert house.status(job_id)[0] is JobStatus.CANCELLED
+    assert [checkpoint.step for checkpoint in house.store.checkpoints(job_id)] == [7]
 
 
 def test_launches_that_come_to_nothing_are_not_repeated_at_every_look(house, scheduler):

@@ -9,6 +9,7 @@ import pytest
 from service.domain.errors import InvalidTransition, NotFound
 from service.domain.job import AttemptStatus, Failure, JobStatus, Origin, Outcome, Reason
 from service.domain.journal import CheckpointQuarantined, Metrics, Resumed
+from service.scheduler import sweeper
 from service.storage.layout import checkpoint_dir
 from tests.fake_cluster import make_node
 
@@ -383,7 +384,8 @@ def test_a_fork_begins_at_the_checkpoint_of_its_parent_and_goes_on_with_its_own(
     house.cluster.checkpoint(fork, 2, 12)
     house.cluster.end(fork, 2, Outcome.LOST, Reason.RANK_LOST)
     scheduler.step()
-    assert [(one.job_id, one.step) for one in house.cluster.launches[-1].checkpoints] == [(fork, 12)]
+    offered = [(one.job_id, one.step) for one in house.cluster.launches[-1].checkpoints]
+    assert offered == [(fork, 12), (parent, 10)], "its own first"
     assert [point.step for point in house.store.metrics(fork)] == [11, 12]
 
 
@@ -395,7 +397,7 @@ def test_a_checkpoint_that_a_fork_needs_is_kept_until_it_has_one_of_its_own(hous
     for step in (20, 30):
         house.cluster.checkpoint(parent, 1, step)
         scheduler.step()
-    assert [checkpoint.step for checkpoint in house.store.checkpoints(parent)] == [10, 30]
+    assert [checkpoint.step for checkpoint in house.store.checkpoints(parent)] == [30]
     assert house.storage.exists(checkpoint_dir(parent, 1, 10))
     # The parent goes back to before it, so that it counts no more there; the fork still needs its files.
     house.cluster.end(parent, 1, Outcome.LOST, Reason.RANK_LOST)
@@ -410,6 +412,31 @@ def test_a_checkpoint_that_a_fork_needs_is_kept_until_it_has_one_of_its_own(hous
     scheduler.step()
     assert not house.storage.exists(checkpoint_dir(parent, 1, 10))
     assert house.store.removable_checkpoints(parent) == ()
+
+
+def test_what_a_fork_kept_of_a_parent_that_has_ended_goes_with_the_forks_need(house, scheduler, monkeypatch):
+    parent = house.start(scheduler, checkpoint={"keep_last": 1})
+    for step in (10, 20):
+        house.cluster.checkpoint(parent, 1, step)
+        scheduler.step()
+        if step == 10:
+            forks = [_fork(house, parent, 10) for _ in range(2)]
+    house.cluster.end(parent, 1)
+    scheduler.step()
+    assert house.storage.exists(checkpoint_dir(parent, 1, 10))
+    house.cluster.run(forks[0], 1, resume=10)
+    house.cluster.checkpoint(forks[0], 1, 11)
+    scheduler.step()
+    assert house.storage.exists(checkpoint_dir(parent, 1, 10)), "the other one needs it"
+    # That one never writes any; and nobody follows it when it is cancelled while it waits.
+    house.store.request_pause(forks[1])
+    house.cluster.end(forks[1], 1, Outcome.STOPPED, Reason.PAUSE_REQUESTED)
+    scheduler.step()
+    assert house.store.request_cancel(forks[1]).status is JobStatus.CANCELLED
+    monkeypatch.setattr(sweeper, "SWEEP_INTERVAL_S", 0.0)
+    scheduler.step()
+    assert not house.storage.exists(checkpoint_dir(parent, 1, 10))
+    assert [checkpoint.step for checkpoint in house.store.checkpoints(parent)] == [20]
 
 
 def test_a_checkpoint_that_is_removed_cannot_be_forked_from(house, scheduler):

@@ -21,6 +21,18 @@ def memory_store():
         files.rm(root, recursive=True)
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture
+def s3_store(s3_server):
+    """Real requests to a server on a loopback port; a prefix of its own."""
+    return ObjectStore(f"s3://{s3_server.bucket}/{uuid.uuid4().hex}")
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
 def store(request):
+    return request.getfixturevalue(f"{request.param}_store")
+
+
+@pytest.fixture(params=["local", "memory"])
+def quick_store(request):
+    """For tests of hundreds of examples."""
     return request.getfixturevalue(f"{request.param}_store")

@@ -5,11 +5,13 @@ import io
 import os
 import random
 import stat
+import struct
 
 import pytest
 
 from service.domain.errors import InvalidUpload
-from service.storage.archive import ArchiveLimits, check_archive, unpack_archive
+from service.storage.archive import ArchiveLimits, check_archive, check_directory, unpack_archive
+from service.storage.uploads import DATASET_LIMITS
 from tests.archives import HOSTILE, Entry, make_zip, raw_zip
 
 GOOD = make_zip({"train.py": b"x = 1\n", "pkg/__init__.py": b"", "pkg/nät.py": b"y = 2\n" * 1000}, directories=["pkg"])
@@ -40,12 +42,46 @@ def test_a_hostile_archive_is_refused_by_name_and_leaves_nothing_outside(tmp_pat
         (GOOD[:-30], "damaged"),
         (GOOD[: len(GOOD) // 2], "damaged"),
         (make_zip({}, directories=["a"]), "holds no file"),
-        (b"PK\3\4" + b"PK\1\2" * 200_000, "more than 10000 entries"),
+        (b"PK\3\4" + b"PK\1\2" * 200_000, "damaged"),
     ],
 )
 def test_what_is_no_archive_is_refused(data, part):
     with pytest.raises(InvalidUpload, match=part):
         check_archive(io.BytesIO(data))
+
+
+def one_file_with_directory(directory_bytes, records=0):
+    """An archive whose directory is as large as told, with so many records in it besides its first."""
+    local, central = Entry("a").records(0)
+    directory = (central + central * records).ljust(directory_bytes, b"\0")
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(directory), len(local), 0)
+    return local + directory + end
+
+
+def test_a_directory_that_would_fill_the_memory_is_not_read():
+    class Watched(io.BytesIO):
+        largest = 0
+
+        def read(self, size=-1):
+            content = super().read(size)
+            self.largest = max(self.largest, len(content))
+            return content
+
+    limits = ArchiveLimits(entries=100)
+    for data in (one_file_with_directory(4 << 20), one_file_with_directory(0, records=100)):
+        file = Watched(data)
+        with pytest.raises(InvalidUpload, match="more than 100 entries"):
+            check_directory(file, limits)
+        assert file.largest < 1 << 18
+    # Nor is it with limits as they are for files of data, where many more entries are allowed.
+    with pytest.raises(InvalidUpload, match="more than 500000 entries"):
+        check_directory(io.BytesIO(one_file_with_directory((64 << 20) + 1)), DATASET_LIMITS)
+
+
+def test_archives_in_an_archive_are_no_entries_of_it():
+    inner = make_zip({f"{n}": b"" for n in range(50)})
+    data = raw_zip(*(Entry(f"{n}.zip", inner, method=0) for n in range(5)))
+    assert len(check_archive(io.BytesIO(data), ArchiveLimits(entries=5))) == 5
 
 
 def test_limits_count_what_comes_out():

@@ -1,6 +1,7 @@
 """Checkpoints in run storage. A failure means that a damaged or half-written checkpoint passes for a whole one."""
 
 import errno
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import pytest
 from service.domain.errors import CorruptCheckpoint
 from service.domain.job import Checkpoint
 from service.domain.journal import utc_now
-from service.storage.checkpoints import fetch_checkpoint, publish_checkpoint
+from service.storage.checkpoints import FORGOTTEN_S, IN_USE_S, fetch_checkpoint, publish_checkpoint
 from service.storage.manifest import MANIFEST_NAME, Manifest, describe_file, verify_directory, write_manifest
 from service.storage.run_files import StoredRunFiles
 
@@ -87,7 +88,7 @@ def test_the_manifest_is_uploaded_last(store, staged, monkeypatch):
 
 
 @pytest.mark.parametrize("num_uploads", [0, 1, 2])
-def test_publishing_that_breaks_off_leaves_no_manifest(store, staged, monkeypatch, num_uploads):
+def test_publishing_that_breaks_off_leaves_nothing(store, staged, monkeypatch, num_uploads):
     upload, left = store.upload, [num_uploads]
 
     def break_off(source, path):
@@ -100,7 +101,7 @@ def test_publishing_that_breaks_off_leaves_no_manifest(store, staged, monkeypatc
         patch.setattr(store, "upload", break_off)
         with pytest.raises(OSError, match="full"):
             publish_checkpoint(store, "job", 2, 5, staged)
-    assert MANIFEST_NAME not in store.names("jobs/job/attempts/2/checkpoints/000000005")
+    assert store.names("jobs/job/attempts/2/checkpoints/000000005") == [], "its room is not given back"
     publish_checkpoint(store, "job", 2, 5, staged)
 
 
@@ -215,7 +216,7 @@ def test_ranks_of_one_node_fetch_at_once(memory_store, staged, tmp_path, monkeyp
         found = [fetch.result(timeout=30) for fetch in fetches]
     assert len(set(found)) == 1
     verify_directory(found[0])
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [published.manifest_sha256]
+    assert [path.name for path in (tmp_path / "cache" / "job").iterdir()] == [published.manifest_sha256]
 
 
 def test_a_copy_that_was_damaged_in_the_cache_is_fetched_anew(memory_store, staged, tmp_path):
@@ -237,7 +238,7 @@ def test_a_download_that_breaks_off_leaves_nothing_in_the_cache(memory_store, st
         patch.setattr(memory_store, "download", break_off)
         with pytest.raises(OSError, match="gone"):
             fetch_checkpoint(memory_store, published, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / "cache").rglob("*/*")) == []
     fetch_checkpoint(memory_store, published, tmp_path / "cache")
 
 
@@ -252,3 +253,93 @@ def test_removing_takes_the_manifest_first_and_may_be_repeated(store, published,
     assert not store.exists(published.path)
     assert store.exists("jobs/job/attempts/2/checkpoints/000000006/model")
     files.remove_checkpoint(published.path)
+
+
+def test_of_an_attempt_that_is_over_only_what_was_committed_stays(store, published):
+    directory = published.path.rpartition("/")[0]
+    for path in (f"{directory}/000000006/model", f"{directory}/000000007/{MANIFEST_NAME}"):
+        store.write(path, b"never committed")
+    store.write("jobs/job/attempts/3/checkpoints/000000008/model", b"of another")
+    files = StoredRunFiles(store)
+    files.remove_uncommitted("job", 2, {published.path})
+    assert store.names(directory) == ["000000005"]
+    assert store.exists(f"{published.path}/{MANIFEST_NAME}")
+    assert store.exists("jobs/job/attempts/3/checkpoints/000000008/model")
+    files.remove_uncommitted("job", 9, frozenset())
+
+
+@pytest.fixture
+def publish(memory_store, staged):
+    """Publish the staged checkpoint as one of any job and step."""
+
+    def publish(job_id, step):
+        write_manifest(
+            staged, job_id=job_id, attempt=2, step=step, spec_sha256="", world_size=3, metrics={}, versions={}
+        )
+        report = publish_checkpoint(memory_store, job_id, 2, step, staged)
+        return _committed(report).model_copy(update={"job_id": job_id})
+
+    return publish
+
+
+def _copies(cache):
+    return {path.parent.name: {copy.name for copy in path.parent.iterdir()} for path in cache.glob("*/*")}
+
+
+def _age(cache, seconds):
+    for path in cache.glob("*/*"):
+        modified = path.stat().st_mtime - seconds
+        os.utime(path, (modified, modified))
+
+
+def test_a_node_keeps_the_two_newest_copies_of_a_job(memory_store, publish, tmp_path):
+    cache = tmp_path / "cache"
+    published = [publish("job", step) for step in range(5)]
+    for checkpoint in published:
+        fetch_checkpoint(memory_store, checkpoint, cache)
+        _age(cache, IN_USE_S)
+    assert _copies(cache) == {"job": {checkpoint.manifest_sha256 for checkpoint in published[-2:]}}
+
+
+def test_a_copy_that_is_in_use_stays(memory_store, publish, tmp_path):
+    cache = tmp_path / "cache"
+    published = [publish("job", step) for step in range(4)]
+    for checkpoint in published[:3]:
+        fetch_checkpoint(memory_store, checkpoint, cache)
+    _age(cache, IN_USE_S)
+    fetch_checkpoint(memory_store, published[0], cache)  # the oldest is asked for once more
+    fetch_checkpoint(memory_store, published[3], cache)
+    assert _copies(cache) == {"job": {published[index].manifest_sha256 for index in (0, 3)}}
+    # A gang of forks may begin at any number of steps at once.
+    shutil.rmtree(cache)
+    for checkpoint in published:
+        fetch_checkpoint(memory_store, checkpoint, cache)
+    assert len(_copies(cache)["job"]) == 4
+
+
+def test_copies_of_jobs_that_are_gone_or_forgotten_are_dropped(memory_store, publish, tmp_path):
+    cache = tmp_path / "cache"
+    checkpoints = {job_id: publish(job_id, 1) for job_id in ("gone", "living", "next", "last")}
+    fetch_checkpoint(memory_store, checkpoints["gone"], cache)
+    fetch_checkpoint(memory_store, checkpoints["living"], cache)
+    (cache / "gone" / "broken-off.partial").mkdir()
+    _age(cache, IN_USE_S + 1)
+    memory_store.remove("jobs/gone")
+    fetch_checkpoint(memory_store, checkpoints["next"], cache)
+    assert _copies(cache).keys() == {"living", "next"}
+    assert not (cache / "gone").exists()
+    _age(cache, FORGOTTEN_S)
+    fetch_checkpoint(memory_store, checkpoints["last"], cache)
+    assert _copies(cache).keys() == {"last"}
+
+
+def test_old_copies_that_cannot_be_dropped_hold_nobody_up(memory_store, publish, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    fetch_checkpoint(memory_store, publish("other", 1), cache)
+
+    def fail(_path):
+        raise OSError(errno.EIO, "no answer")
+
+    monkeypatch.setattr(memory_store, "exists", fail)
+    fetch_checkpoint(memory_store, publish("job", 1), cache)
+    assert _copies(cache).keys() == {"other", "job"}

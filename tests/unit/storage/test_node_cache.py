@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from service.storage.node_cache import NodeCache
+from service.storage.node_cache import NodeCache, remove_tree
 
 
 @pytest.fixture
@@ -93,6 +94,8 @@ def test_making_removing_and_using_at_once(tmp_path):
 def test_an_entry_that_is_not_what_it_was_is_made_anew(cache, damage):
     with cache.claim("bundles", "k", maker()) as claim:
         pass
+    for directory in (claim.path, claim.path / "a"):
+        directory.chmod(0o755)
     damage(claim.path)
     with cache.claim("bundles", "k", maker()) as claim:
         assert [path.name for path in claim.path.rglob("*")] == ["a", "b.py"]
@@ -100,11 +103,30 @@ def test_an_entry_that_is_not_what_it_was_is_made_anew(cache, damage):
     assert keys(cache) == ["k"]
 
 
-def test_one_that_is_damaged_while_in_use_is_replaced_and_not_waited_for(cache):
+def test_one_that_is_damaged_while_in_use_stays_and_another_is_made_beside_it(cache, caplog):
     with cache.claim("bundles", "k", maker()) as first:
-        (first.path / "a" / "b.py").write_bytes(b"")
-        with cache.claim("bundles", "k", maker()) as second:
-            assert (second.path / "a" / "b.py").read_bytes() == b"x" * 300
+        (first.path / "a").chmod(0o755)
+        (first.path / "a" / "cache.nbi").write_bytes(b"beside the code")
+        with cache.claim("bundles", "k", maker()) as second, cache.claim("bundles", "k", refuse) as third:
+            assert [path.name for path in second.path.rglob("*")] == ["a", "b.py"]
+            assert third.path == second.path
+            assert (first.path / "a" / "b.py").read_bytes() == b"x" * 300
+    assert "was damaged" in caplog.text
+    # Once nobody uses it, it goes: by need of room, or with the next one that is made.
+    (second.path / "a").chmod(0o755)
+    (second.path / "a" / "b.py").unlink()
+    with cache.claim("bundles", "k", maker()):
+        assert keys(cache) == ["k"]
+
+
+def test_directories_are_read_only_and_go_all_the_same(cache):
+    with cache.claim("bundles", "k", maker()) as claim:
+        for directory in (claim.path, claim.path / "a"):
+            assert stat.S_IMODE(directory.stat().st_mode) == 0o555
+    cache.claim("bundles", "large", maker(b"x" * 900)).close()
+    assert keys(cache) == ["large"]
+    remove_tree(cache._root)
+    assert not cache._root.exists()
 
 
 def test_what_cannot_be_made_leaves_nothing(cache):

@@ -63,20 +63,6 @@ def test_names_are_read_anew_each_time(store):
     assert store.names("nothing/yet") == []
 
 
-def test_a_listing_that_the_file_system_remembers_is_forgotten_first(memory_store, monkeypatch):
-    calls = []
-    for name in ("invalidate_cache", "ls"):
-        method = getattr(memory_store._fs, name)
-        monkeypatch.setattr(
-            memory_store._fs,
-            name,
-            lambda *args, name=name, method=method, **options: (calls.append(name), method(*args, **options))[1],
-        )
-    memory_store.write("d/a", b"")
-    assert memory_store.names("d") == ["a"]
-    assert calls[-2:] == ["invalidate_cache", "ls"]
-
-
 def test_removing_takes_all_below_and_may_be_repeated(store):
     for path in ("d/a", "d/sub/x", "e"):
         store.write(path, b"")
@@ -110,8 +96,9 @@ def test_a_file_is_created_once(store):
     assert store.read("a/marker") == b"first"
 
 
-def test_of_racing_creators_one_wins(local_store):
-    # Only here: the stand-in for an object store looks first and creates afterwards, in two steps.
+@pytest.mark.parametrize("kind", ["local", "s3"])  # memory looks first and creates afterwards, in two steps
+def test_of_racing_creators_one_wins(request, kind):
+    store = request.getfixturevalue(f"{kind}_store")
     num_racers, num_rounds = 8, 20
     barrier = threading.Barrier(num_racers)
 
@@ -119,7 +106,7 @@ def test_of_racing_creators_one_wins(local_store):
         won = []
         for round_number in range(num_rounds):
             barrier.wait(timeout=30)
-            if local_store.create_exclusively(f"race/{round_number}/marker", str(racer).encode()):
+            if store.create_exclusively(f"race/{round_number}/marker", str(racer).encode()):
                 won.append(round_number)
         return won
 
@@ -128,7 +115,7 @@ def test_of_racing_creators_one_wins(local_store):
     assert sorted(number for won in won_by for number in won) == list(range(num_rounds))
     for racer, won in enumerate(won_by):
         for number in won:
-            assert local_store.read(f"race/{number}/marker") == str(racer).encode()
+            assert store.read(f"race/{number}/marker") == str(racer).encode()
 
 
 def test_a_reader_sees_one_whole_version_while_another_is_written(local_store):
@@ -284,3 +271,40 @@ def test_storage_says_why_it_cannot_be_used(tmp_path):
         ObjectStore(str(tmp_path / "file")).identify()
     assert isinstance(caught.value, ServiceError)
     assert str(tmp_path / "file") in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["ftp://host/runs", "sftp://host/runs", "https://host/runs", "none://x"])
+def test_storage_that_knows_no_exclusive_creation_is_refused(url):
+    with pytest.raises(StorageError, match="nothing keeps two processes from creating the same file") as caught:
+        ObjectStore(url)
+    assert "s3://" in str(caught.value)
+
+
+def test_storage_that_forgets_to_be_exclusive_is_refused(memory_store, monkeypatch):
+    pipe_file = memory_store._fs.pipe_file
+    monkeypatch.setattr(memory_store._fs, "pipe_file", lambda path, data, **_: pipe_file(path, data))
+    with pytest.raises(StorageError, match="created twice"):
+        memory_store.identify()
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch):
+    def fail(url, **_):
+        raise ImportError("Please install it")
+
+    monkeypatch.setattr("service.storage.object_store.url_to_fs", fail)
+    with pytest.raises(StorageError, match=r"pip install 'syncbn\[s3\]'"):
+        ObjectStore("s3://bucket/runs")
+
+
+@pytest.mark.parametrize("act", ["write", "upload"])
+def test_what_could_not_be_written_leaves_its_room_to_others(local_store, monkeypatch, act):
+    source = Path(local_store.url).parent / "source"
+    source.write_bytes(b"content")
+
+    def fail(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("service.storage.object_store.os.fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        local_store.write("d/f", b"content") if act == "write" else local_store.upload(source, "d/f")
+    assert local_store.names("d") == []

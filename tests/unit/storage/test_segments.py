@@ -26,17 +26,17 @@ _shared_store = settings(suppress_health_check=[HealthCheck.function_scoped_fixt
     start=st.integers(0, 80),
     stop=st.one_of(st.none(), st.integers(0, 80)),
 )
-def test_any_range_of_any_pieces_is_what_slicing_gives(store, pieces, segment_bytes, start, stop):
+def test_any_range_of_any_pieces_is_what_slicing_gives(quick_store, pieces, segment_bytes, start, stop):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segments, "SEGMENT_BYTES", segment_bytes)
         directory = uuid.uuid4().hex
-        writer = SegmentWriter(store, directory)
+        writer = SegmentWriter(quick_store, directory)
         for piece in pieces:
             writer.append(piece)
         whole = b"".join(pieces)
-        assert sequence_size(store, directory) == len(whole)
-        assert read_sequence(store, directory, 0) == whole
-        assert read_sequence(store, directory, start, stop) == whole[start:stop]
+        assert sequence_size(quick_store, directory) == len(whole)
+        assert read_sequence(quick_store, directory, 0) == whole
+        assert read_sequence(quick_store, directory, start, stop) == whole[start:stop]
 
 
 def test_a_sequence_that_was_never_written_is_empty(store):

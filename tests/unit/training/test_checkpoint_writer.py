@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from service.training import checkpoint_writer
+from service.training.checkpoint_delivery import CheckpointDelivery
 from service.training.checkpoint_writer import CheckpointWriter
 from service.training.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from service.training.errors import CheckpointFailed
+from service.training.errors import BadFactory, CheckpointFailed
 from service.training.host_memory import HostMemory
 from tests.unit.training.checkpoint_examples import Training, assert_same, frozen, rank_task
 
@@ -58,7 +59,7 @@ def gate(monkeypatch):
 
 def _poll(writer):
     deadline = time.monotonic() + DEADLINE_S
-    while not (staged := writer.poll()):
+    while not (staged := writer.outcomes(wait=False)):
         assert time.monotonic() < deadline
         time.sleep(0.001)
     return staged
@@ -70,7 +71,7 @@ def test_a_step_does_not_wait_for_the_disk(training, task, gate):
         assert gate.num_waiting.acquire(timeout=DEADLINE_S)
         for _ in range(3):  # the disk stands still; training goes on
             training.step()
-            assert writer.poll() == []
+            assert writer.outcomes(wait=False) == []
         gate.is_open.set()
         (staged,) = _poll(writer)
         assert (staged.step, staged.metrics) == (1, {"train/loss": 0.5})
@@ -84,7 +85,7 @@ def test_what_is_written_is_the_state_at_its_step(training, task, gate):
         for _ in range(5):  # in place, all of them: parameters, running statistics, moments, average
             training.step()
         gate.is_open.set()
-        (staged,) = writer.wait()
+        (staged,) = writer.outcomes(wait=True)
     found = read_checkpoint(Path(staged.directory), job_id="job")
     assert_same(dict(sorted(found.model.items())), dict(sorted(expected["model"].items())))
     assert_same(found.optimizer, expected["optimizer"])
@@ -104,8 +105,8 @@ def test_a_second_one_waits_for_the_first_and_says_how_long(training, task, gate
         held_up_s = writer.save(training.capture(), {})
         # From before the call to the gate's opening at the least, and all of it within the call.
         assert started + 0.2 - before_s <= held_up_s <= time.perf_counter() - before_s
-        assert [staged.step for staged in writer.poll()][:1] == [1]
-        assert [staged.step for staged in writer.wait()] == [2]
+        assert [staged.step for staged in writer.outcomes(wait=False)][:1] == [1]
+        assert [staged.step for staged in writer.outcomes(wait=True)] == [2]
         opener.join()
 
 
@@ -114,26 +115,66 @@ def test_waiting_hands_out_everything_in_order(training, task):
         for _ in range(4):
             writer.save(training.capture(), {})
             training.step()
-        assert [staged.step for staged in writer.wait()] == [1, 2, 3, 4]
-        assert writer.wait() == writer.poll() == []
+        assert [staged.step for staged in writer.outcomes(wait=True)] == [1, 2, 3, 4]
+        assert writer.outcomes(wait=True) == writer.outcomes(wait=False) == []
 
 
-@pytest.mark.parametrize("act", ["poll", "wait"])
-def test_a_failure_is_raised_once_in_its_turn_and_later_ones_follow(training, task, gate, act):
-    gate.failures[2] = CheckpointFailed("the disk is full")
+def test_a_failure_is_handed_out_in_its_turn_and_later_ones_follow(training, task, gate):
+    gate.failures[2] = failure = CheckpointFailed("the disk is full")
     gate.is_open.set()
     with CheckpointWriter(task) as writer:
         for _ in range(3):  # the second does not keep the third from being saved
             writer.save(training.capture(), {})
             training.step()
-        if act == "poll":
-            assert [staged.step for staged in _poll(writer)] == [1]
-        else:
-            assert [staged.step for staged in writer.wait()] == [1]
+        first, second, third = writer.outcomes(wait=True)
+        assert (first.step, second, third.step) == (1, failure, 3)
+        assert writer.outcomes(wait=True) == []
+
+
+def test_it_is_free_once_nothing_is_being_written(training, task, gate):
+    with CheckpointWriter(task) as writer:
+        assert writer.wait_until_free(0.0)
+        writer.save(training.capture(), {})
+        assert not writer.wait_until_free(0.01)
+        gate.is_open.set()
+        assert writer.wait_until_free(DEADLINE_S)
+        assert [staged.step for staged in writer.outcomes(wait=False)] == [1]
+
+
+class _Told:
+    def __init__(self):
+        self.messages = []
+
+    def send(self, message):
+        self.messages.append(message)
+
+
+@pytest.mark.parametrize("on_failure", ["continue", "stop"])
+def test_the_last_checkpoint_is_the_result_whatever_the_policy(training, task, gate, on_failure):
+    gate.failures[2] = CheckpointFailed("the disk is full")
+    gate.is_open.set()
+    told = _Told()
+    with CheckpointWriter(task) as writer:
+        delivery = CheckpointDelivery(writer, told, on_failure)
+        for _ in range(2):
+            writer.save(training.capture(), {})
+            training.step()
         with pytest.raises(CheckpointFailed, match="the disk is full"):
-            getattr(writer, act)()
-        assert [staged.step for staged in writer.wait()] == [3]
-        assert writer.wait() == []
+            delivery.deliver_all()
+    assert [message.step for message in told.messages] == [1]
+
+
+def test_an_earlier_failure_does_not_hide_the_result(training, task, gate):
+    gate.failures[1] = CheckpointFailed("the disk is full")
+    gate.is_open.set()
+    told = _Told()
+    with CheckpointWriter(task) as writer:
+        for _ in range(2):
+            writer.save(training.capture(), {})
+            training.step()
+        CheckpointDelivery(writer, told, "continue").deliver_all()
+    warning, staged = told.messages
+    assert (warning.kind, staged.step) == ("warning", 2)
 
 
 def test_a_fault_of_the_writer_s_own_is_not_hidden(training, task, gate):
@@ -142,7 +183,7 @@ def test_a_fault_of_the_writer_s_own_is_not_hidden(training, task, gate):
     with CheckpointWriter(task) as writer:
         writer.save(training.capture(), {})
         with pytest.raises(ZeroDivisionError):
-            writer.wait()
+            writer.outcomes(wait=True)
 
 
 def test_leaving_waits_for_what_is_being_written(training, task, gate):
@@ -150,14 +191,14 @@ def test_leaving_waits_for_what_is_being_written(training, task, gate):
         writer.save(training.capture(), {})
         assert gate.num_waiting.acquire(timeout=DEADLINE_S)
         threading.Timer(0.05, gate.is_open.set).start()
-    assert [staged.step for staged in writer.poll()] == [1]
+    assert [staged.step for staged in writer.outcomes(wait=False)] == [1]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
 
 
 def test_the_file_of_the_writer_is_that_of_the_direct_way(training, task, tmp_path):
     with CheckpointWriter(task) as writer:
         writer.save(training.capture(), {})
-        (staged,) = writer.wait()
+        (staged,) = writer.outcomes(wait=True)
     directly = write_checkpoint(training.capture(), rank_task(tmp_path / "directly"), {})
     assert (Path(staged.directory) / "model.safetensors").read_bytes() == (directly / "model.safetensors").read_bytes()
 
@@ -174,7 +215,7 @@ def test_the_writing_thread_gives_way_to_training(training, task, monkeypatch):
     ours = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     with CheckpointWriter(task) as writer:
         writer.save(training.capture(), {})
-        writer.wait()
+        writer.outcomes(wait=True)
     assert seen == [min(19, max(ours, checkpoint_writer.NICENESS))]
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == ours
 
@@ -234,7 +275,7 @@ def test_numbers_of_numpy_become_plain_ones(task):
     state = {"best": np.float64(0.1), "flag": True, "count": 3, "names": ("a", None)}
     with CheckpointWriter(task) as writer:
         writer.save(Checkpoint(step=1, model={}, optimizer={}, state=state), {})
-        (staged,) = writer.wait()
+        (staged,) = writer.outcomes(wait=True)
     found = read_checkpoint(Path(staged.directory), job_id="job").state
     assert (found, type(found["best"])) == ({"best": 0.1, "flag": True, "count": 3, "names": ("a", None)}, float)
 
@@ -242,6 +283,6 @@ def test_numbers_of_numpy_become_plain_ones(task):
 def test_what_could_not_be_read_back_is_refused_by_name(task):
     optimizer = {"state": {0: {"history": np.zeros(3)}}}
     with CheckpointWriter(task) as writer:
-        with pytest.raises(CheckpointFailed, match=r"optimizer\.state\.0\.history is a numpy\.ndarray.*Keep tensors"):
+        with pytest.raises(BadFactory, match=r"optimizer\.state\.0\.history is a numpy\.ndarray.*Keep tensors"):
             writer.save(Checkpoint(step=1, model={}, optimizer=optimizer), {})
-        assert writer.wait() == []
+        assert writer.outcomes(wait=True) == []

@@ -2,6 +2,7 @@
 and boxes beside their images; of the second, as curves that differ between worlds.
 """
 
+import random
 import sys
 from types import ModuleType
 
@@ -202,3 +203,24 @@ class TestOwn:
     def test_anything_else_is_refused(self, own, made):
         with pytest.raises(BadFactory, match=r"augmentation\.1\.factory: "):
             own(lambda: made)(Sample(IMAGE, 0), epoch=0, index=0)
+
+    def test_what_it_draws_from_shared_generators_is_keyed_too(self, own):
+        def draw(sample, generator):
+            own_draw = torch.rand((), generator=generator, dtype=torch.float64)
+            draws = [random.random(), np.random.rand(), float(torch.rand((), dtype=torch.float64)), float(own_draw)]
+            return torch.tensor(draws), sample.target
+
+        augment = own(lambda: draw)
+        torch.manual_seed(0)
+        expected = torch.rand(2)
+        torch.manual_seed(0)
+        found = torch.rand(1)
+        draws = {place: augment(Sample(IMAGE, 0), epoch=place[0], index=place[1]).input for place in ((0, 1), (1, 0))}
+        assert torch.equal(torch.cat([found, torch.rand(1)]), expected)  # the model's draws are left alone
+        assert len(torch.cat(list(draws.values())).unique()) == 8  # not one generator as another, nor sample as sample
+        for (epoch, index), values in reversed(draws.items()):
+            assert torch.equal(augment(Sample(IMAGE, 0), epoch=epoch, index=index).input, values)
+
+    def test_a_thread_does_not_apply_it(self, own):
+        assert not own(lambda: lambda sample, generator: sample).reads_ahead
+        assert transform(*ALL).reads_ahead

@@ -22,6 +22,8 @@ from PIL import Image
 from service.domain.catalog.datasets import ImageArguments
 from service.domain.spec import DatasetSpec
 from service.training.data import build_dataset
+from service.training.data.context import DataContext
+from service.training.data.files import open_tree
 from service.training.data.images import ImageDecoder
 from service.training.data.webdataset import expand_braces
 from service.training.errors import BadSample, DatasetError
@@ -568,3 +570,36 @@ def test_a_cache_that_another_user_made_is_not_trusted(open_dataset, memory, mon
     monkeypatch.setattr(Path, "stat", lambda self, **_: SimpleNamespace(st_uid=1234))
     with pytest.raises(DatasetError, match="belongs to another user"):
         open_dataset("npz", path="memory://some.npz")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+class TestDamagedArchives:
+    """What is compressed does not end as it should."""
+
+    def _archive(self, path, members, method):
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
+            infos = archive.infolist()
+        damaged = bytearray(path.read_bytes())
+        for info in infos:
+            start = info.header_offset + 30 + len(info.filename)  # 30: the header before the name
+            start += 9 if method == zipfile.ZIP_LZMA else 0  # what the filter is
+            damaged[start : start + 40] = b"\xff" * 40
+        path.write_bytes(damaged)
+
+    def test_an_array_names_its_field(self, tmp_path, open_dataset, method):
+        arrays = {}
+        for name in ("inputs", "targets"):
+            file = io.BytesIO()
+            np.save(file, np.arange(1000.0)[:, None])
+            arrays[f"{name}.npy"] = file.getvalue()
+        self._archive(tmp_path / "d.npz", arrays, method)
+        with pytest.raises(DatasetError, match=r"^dataset\.args\.inputs: array inputs of .*d\.npz cannot be read"):
+            open_dataset("npz", path=str(tmp_path / "d.npz"))
+
+    def test_an_image_names_its_file(self, tmp_path, method):
+        context = DataContext(seed=0, uploads={}, cache_dir=tmp_path / "cache")
+        self._archive(tmp_path / "d.zip", {"cat/1.png": encoded(pixels(40, 40))}, method)
+        with pytest.raises(BadSample, match=r"^dataset: cat/1\.png of .*d\.zip cannot be read"):
+            open_tree(str(tmp_path / "d.zip"), context, field="dataset.args.path").read("cat/1.png")

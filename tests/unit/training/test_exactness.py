@@ -4,19 +4,21 @@ import re
 
 import pytest
 import torch
+from torch import nn
 
 from service.domain.spec import JobSpec
 from service.training.exactness import Exactness
 from service.training.rehearsal import TOLERANCE, _difference
 from service.training.tasks import Loss
 from service.training.tasks.classification import Classification
+from syncbn import SyncBatchNorm
 
 
 class _Coupling(Classification):
     unsuited = "it compares samples with each other."
 
 
-def _exactness(norm="sync", task=None):
+def _exactness(norm="sync", task=None, model=None):
     spec = JobSpec.model_validate(
         {
             "name": "any",
@@ -27,7 +29,7 @@ def _exactness(norm="sync", task=None):
             "norm": {"kind": norm},
         }
     )
-    return Exactness(spec, task or Classification())
+    return Exactness(spec, task or Classification(), model or nn.Linear(1, 1))
 
 
 def _loss(**fields):
@@ -66,11 +68,20 @@ def test_each_reason_names_the_part_of_the_job_and_what_it_is(seen, words):
         assert re.search(word, reason)
 
 
-@pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked", "num_nonfinite_batches"])
-def test_running_statistics_may_change(name):
-    exactness = _exactness()
-    exactness.observe(**{**NOTHING, "changed_buffers": [name, f"block.norm.{name}"]})
+def test_running_statistics_may_change_where_ranks_share_them():
+    model = nn.Sequential(SyncBatchNorm(2, skip_nonfinite=True), nn.InstanceNorm1d(2, track_running_stats=True))
+    shared = [f"0.{name}" for name, _ in model[0].named_buffers()]
+    assert len(shared) == 4
+    exactness = _exactness(model=model)
+    exactness.observe(**{**NOTHING, "changed_buffers": shared})
     assert exactness.reasons == []
+    exactness.observe(**{**NOTHING, "changed_buffers": [*shared, "1.running_mean"]})
+    assert "1.running_mean" in exactness.reasons[0]
+
+
+def test_ghost_batches_are_cut_by_rank():
+    (reason,) = _exactness(model=nn.Sequential(SyncBatchNorm(2, ghost_size=4))).reasons
+    assert "ghost batches" in reason
 
 
 def test_what_is_known_from_the_job_needs_no_observation():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from service.domain.spec import NormSpec
 from service.training.errors import BadFactory
 from service.training.norm import GROUP_SIZE, configure_norm, has_batch_norm
-from syncbn import SyncBatchNorm
+from syncbn import SyncBatchNorm, convert_sync_batchnorm
 
 KINDS = ["sync", "local", "frozen", "group", "none"]
 
@@ -164,3 +164,51 @@ def test_a_layer_that_cannot_be_synchronized_names_the_field():
 
     with pytest.raises(BadFactory, match=r"^model: .*norm\.kind: sync"):
         _configure(nn.Sequential(Own(4)), kind="sync")
+
+
+class _BatchNormAct(nn.BatchNorm2d):
+    """Adds an activation, as timm's does."""
+
+    def forward(self, input):
+        return F.relu(super().forward(input))
+
+
+@pytest.mark.parametrize("kind", ["group", "none"])
+@pytest.mark.parametrize("make", [_BatchNormAct, lambda channels: SyncBatchNorm(channels, activation="relu")])
+def test_what_a_batch_norm_adds_is_not_dropped(kind, make):
+    with pytest.raises(BadFactory, match=rf"^model: 1 is a \S*BatchNorm\S*, .*norm\.kind: {kind}"):
+        _configure(nn.Sequential(nn.Identity(), make(4)), kind=kind)
+
+
+def test_an_activation_of_a_synchronized_norm_is_not_dropped_by_a_local_one():
+    with pytest.raises(BadFactory, match=r"^model: the model itself is a SyncBatchNorm, .*norm\.kind: local"):
+        _configure(SyncBatchNorm(4, activation="relu"), kind="local")
+    assert type(_configure(nn.Sequential(_BatchNormAct(4)), kind="local")[0]) is _BatchNormAct  # it stays
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("none", lambda x: 2 * x), ("group", lambda x: 2 * F.group_norm(x, 1))])
+def test_a_norm_without_beta_stays_without(kind, expected):
+    layer = SyncBatchNorm(4, bias=False)
+    nn.init.constant_(layer.weight, 2.0)
+    model = _configure(nn.Sequential(layer), kind=kind)
+    inputs = torch.randn(3, 4, 5)
+    torch.testing.assert_close(model(inputs), expected(inputs))
+    assert list(dict(model.named_parameters())) == ["0.weight"]
+
+
+@pytest.mark.parametrize(
+    "make", [nn.SyncBatchNorm, SyncBatchNorm, lambda channels: convert_sync_batchnorm(nn.BatchNorm2d(channels))]
+)
+def test_layers_that_synchronize_become_local(make):
+    layer, reference = make(4), nn.BatchNorm2d(4)
+    nn.init.uniform_(layer.weight)
+    reference.load_state_dict(layer.state_dict())
+    model = _configure(nn.Sequential(layer), kind="local")
+    assert not isinstance(model[0], nn.SyncBatchNorm | SyncBatchNorm)
+    assert model[0].weight is layer.weight
+    inputs = torch.randn(6, 4, 3, 3)
+    for _ in range(2):  # in training, then in evaluation
+        assert torch.equal(model(inputs), reference(inputs))
+        torch.testing.assert_close(model[0].state_dict(), reference.state_dict(), rtol=0, atol=0)
+        model.eval()
+        reference.eval()

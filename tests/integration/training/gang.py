@@ -84,7 +84,6 @@ class Gang:
         max_file_bytes: int | None = None,
     ) -> None:
         staging_dir.mkdir(parents=True, exist_ok=True)
-        self.deadline_s = DEADLINE_S
         self.ranks: list[Rank] = []
         self._selector = selectors.DefaultSelector()
         with socket.create_server(("127.0.0.1", 0)) as rendezvous:
@@ -124,7 +123,7 @@ class Gang:
         self.ranks[rank].channel.shutdown(socket.SHUT_WR)
 
     def wait_for(self, condition) -> None:
-        deadline = time.monotonic() + self.deadline_s
+        deadline = time.monotonic() + DEADLINE_S
         while not condition():
             ready = self._selector.select(max(0.0, deadline - time.monotonic())) if self._selector.get_map() else []
             assert ready, "the condition was not met: " + "\n".join(rank.log for rank in self.ranks)

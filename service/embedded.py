@@ -24,6 +24,7 @@ from service.cluster.head import head_address, head_command, ray_environment
 from service.domain.errors import Unavailable
 from service.linux import become_subreaper
 from service.settings import Settings
+from service.storage.node_cache import remove_tree
 from service.wiring import migrate_database
 
 SERVICE_FILE = "service.json"
@@ -71,7 +72,7 @@ class EmbeddedService:
         _write_secret(ray_token_path, secrets.token_hex(32))
         memory_bytes = psutil.virtual_memory().total
         num_gpus = _count_gpus() if num_gpus is None else num_gpus
-        shutil.rmtree(data_dir / "node", ignore_errors=True)
+        remove_tree(data_dir / "node")
         self._settings = settings.model_copy(update={"data_dir": data_dir, "token": token})
         self._environment = ray_environment(ray_token_path) | {
             "SYNCBN_DATA_DIR": str(data_dir),

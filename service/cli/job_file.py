@@ -1,5 +1,6 @@
 """A job as a user writes it: a YAML file and changes to it."""
 
+import json
 import sys
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -35,12 +36,18 @@ def parse_change(change: str) -> tuple[str, Any]:
     """Read a change such as ``batch.size=32``, the value in YAML; return the field's path and the value.
 
     Raises:
-        InvalidSpec: it is none.
+        InvalidSpec: it is none, or its value is one that JSON does not have, such as a date.
     """
     path, equals, value = change.partition("=")
     if not equals or not all(path.split(".")):
         raise InvalidSpec(f"--set {change}: write it as field=value, such as batch.size=32.")
-    return path, _parse(value, f"--set {change}")
+    parsed = _parse(value, f"--set {change}")
+    try:
+        json.dumps(parsed, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        message = f"{value} is read as {type(parsed).__name__}, which a job cannot hold. For a text, put it in quotes."
+        raise InvalidSpec(f"--set {change} cannot be applied.", (FieldProblem(field=path, message=message),)) from None
+    return path, parsed
 
 
 class _Loader(yaml.SafeLoader):

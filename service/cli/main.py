@@ -68,12 +68,13 @@ def submit(
     path = file or named_file
     if path is None or (file is not None and named_file is not None):
         raise InvalidSpec("Name one job file: syncbn submit job.yaml")
-    brought = [] if code_path is None else [uploads.code_change(code_path)]
-    spec = load_job(path, [*(changes or []), *brought])
+    # Checked before anything is packed; the bundle's hash, which decides nothing here, takes the place of the zeros.
+    spec = load_job(path, [*(changes or []), *([] if code_path is None else [f'code.bundle="{"0" * 64}"'])])
     options: CommonOptions = context.obj
     with options.client() as client:
         if code_path is not None:
-            client.upload_bundle(code_path)
+            bundle = client.upload_bundle(code_path).sha256
+            spec = spec.model_copy(update={"code": spec.code.model_copy(update={"bundle": bundle})})
         if dry_run:
             plan = client.plan(spec)
             code = ExitCode.USAGE if plan.fits is False else ExitCode.OK  # what submitting it would end with
@@ -336,11 +337,11 @@ def _watch(options: CommonOptions, job_id: str, timeout_s: float | None) -> NoRe
     raise typer.Exit(code)
 
 
-if __name__ == "__main__":
-    app()
-
-
 def _test_metrics(metrics: Mapping[str, float]) -> str | None:
     """The first metrics of the evaluation at a checkpoint; None where there was none."""
     names = scores(metrics)[:2]
     return ", ".join(f"{name.removeprefix('eval/')} {metrics[name]:.4f}" for name in names) or None
+
+
+if __name__ == "__main__":
+    app()

@@ -13,16 +13,21 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+AgainOption = Annotated[
+    bool, typer.Option("--again", help="Send it though the service has it: repairs a copy that storage has damaged.")
+]
+
 
 @app.command()
 def bundle(
     context: typer.Context,
     path: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="With the code; or a zip archive of it.")],
+    again: AgainOption = False,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Upload code for jobs to use; prints its SHA-256."""
     with context.obj.client() as client:
-        upload = client.upload_bundle(path)
+        upload = client.upload_bundle(path, again=again)
     _tell(upload, output)
     say(f"{upload.entries} files, {upload.size_bytes / 1e6:.1f} MB. In a job: code: {{bundle: {upload.sha256}}}")
 
@@ -32,20 +37,14 @@ def dataset(
     context: typer.Context,
     path: Annotated[Path, typer.Argument(metavar="FILE", help="A .npz, .zip, .parquet or .tar file.")],
     name: Annotated[str | None, typer.Option(help="What to keep it under; else its own name.")] = None,
+    again: AgainOption = False,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Upload a file of data for jobs to use; prints its SHA-256."""
     with context.obj.client() as client:
-        upload = client.upload_dataset(path, name=name)
+        upload = client.upload_dataset(path, name=name, again=again)
     _tell(upload, output)
     say(f"{upload.name}, {upload.size_bytes / 1e6:.1f} MB. In a job: dataset.args.path: upload:{upload.sha256}")
-
-
-def code_change(path: Path) -> str:
-    """Return the change of a job that names the code at a path, as ``--set`` takes it."""
-    from service.client.bundling import bundle_sha256  # noqa: PLC0415 - the other commands start faster without
-
-    return f'code.bundle="{bundle_sha256(path)}"'  # a hash may look like a number
 
 
 def _tell(upload: "Upload", output: Format) -> None:

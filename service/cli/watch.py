@@ -29,7 +29,7 @@ SETTLE_S = 0.05  # the points of one report arrive together; this much silence e
 
 
 def watch_job(client: Client, job: Job, *, timeout_s: float | None, lively: bool) -> Job:
-    """Show a job's progress on stderr until it has ended.
+    """Show a job's progress on stderr until it has ended; one that is resumed at its end is watched on.
 
     Args:
         client: of the service.
@@ -37,11 +37,14 @@ def watch_job(client: Client, job: Job, *, timeout_s: float | None, lively: bool
         timeout_s: how long to watch at most.
         lively: whether stderr may be drawn on; plain lines otherwise.
 
+    Returns:
+        The job as it ended.
+
     Raises:
         WaitTimeout: the job had not ended in time.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    items = _pump(client.stream(job.id))
+    items, position = _pump(client.stream(job.id)), 0
     with _bar(job) if lively else nullcontext(_Lines()) as display:
         progress = Progress(num_steps=job.num_steps)
         while True:
@@ -57,11 +60,15 @@ def watch_job(client: Client, job: Job, *, timeout_s: float | None, lively: bool
                 continue
             if item is None:
                 display.update(progress, progress.settle())
-                break
+                job = client.get(job.id)
+                if job.status.is_terminal:
+                    return job
+                items = _pump(client.stream(job.id, after=position))
+                continue
             if isinstance(item, Exception):
                 raise item
+            position = item.position
             display.update(progress, progress.take(item))
-    return client.get(job.id)
 
 
 @dataclass(kw_only=True)

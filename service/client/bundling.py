@@ -1,6 +1,5 @@
 """A directory of code as a zip archive that is the same for the same files, whenever and wherever it is packed."""
 
-import hashlib
 import io
 import os
 import stat
@@ -12,6 +11,7 @@ from typing import BinaryIO
 
 from service.client.errors import UploadFailed
 
+BLOCK_BYTES = 1 << 20
 IGNORE_FILE = ".syncbnignore"
 ALWAYS_IGNORED = (
     "__pycache__/",
@@ -29,7 +29,7 @@ _DATE = (1980, 1, 1, 0, 0, 0)
 _MODE = stat.S_IFREG | 0o644
 
 
-def pack_directory(directory: Path) -> bytes:
+def pack_directory(directory: Path, max_bytes: int | None = None) -> bytes:
     """Pack the files of a directory.
 
     The same files give the same bytes: names are sorted, and neither dates nor modes are kept. Left out is what
@@ -38,9 +38,10 @@ def pack_directory(directory: Path) -> bytes:
 
     Args:
         directory: what ``import`` is to find things in.
+        max_bytes: most bytes of the archive; no more is read once there are more.
 
     Raises:
-        UploadFailed: there is nothing in it, or a link or another thing that cannot be packed.
+        UploadFailed: there is nothing in it, or a link or another thing that cannot be packed, or too much.
         OSError: a file cannot be read.
     """
     packed = io.BytesIO()
@@ -54,30 +55,41 @@ def pack_directory(directory: Path) -> bytes:
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.create_system = 3  # Unix, wherever it is packed
             entry.external_attr = _MODE << 16
-            archive.writestr(entry, (directory / name).read_bytes())
+            entry.file_size = (directory / name).stat().st_size
+            with (directory / name).open("rb") as file, archive.open(entry, "w") as written:
+                while block := file.read(BLOCK_BYTES):
+                    written.write(block)
+                    if max_bytes is not None and packed.tell() > max_bytes:
+                        raise UploadFailed(
+                            f"{directory} packs to more than the {max_bytes} bytes that the service takes at most; "
+                            f"{name} reaches the limit. Nothing was sent. Name what jobs do not need in {IGNORE_FILE}, "
+                            "and bring data as a dataset."
+                        )
     return packed.getvalue()
 
 
-def open_bundle(path: Path) -> BinaryIO:
+def open_bundle(path: Path, max_bytes: int | None = None) -> BinaryIO:
     """Return the bytes of a bundle: a zip archive as it is, a directory packed.
+
+    Args:
+        path: of the one or the other.
+        max_bytes: as for ``pack_directory``.
 
     Raises:
         UploadFailed: as ``pack_directory`` raises it.
         OSError: it cannot be read.
     """
-    return io.BytesIO(pack_directory(path)) if path.is_dir() else path.open("rb")
-
-
-def bundle_sha256(path: Path) -> str:
-    """Return what a bundle will be named by once it is uploaded. Raises as ``open_bundle`` does."""
-    with open_bundle(path) as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    return io.BytesIO(pack_directory(path, max_bytes)) if path.is_dir() else path.open("rb")
 
 
 def _patterns(path: Path) -> Iterator[str]:
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UploadFailed(f"{path} is no UTF-8 text: {error}. Write it anew.") from None
+    for line in text.splitlines():
         pattern = line.strip()
         if pattern and not pattern.startswith("#"):
             yield pattern

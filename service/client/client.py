@@ -20,7 +20,7 @@ from service.client.download import download_file
 from service.client.errors import JobNotFound, ServiceUnreachable, UnexpectedAnswer, WaitTimeout
 from service.client.patience import Patience
 from service.client.stream import StreamItem, stream_job
-from service.client.uploads import send_upload
+from service.client.uploads import send_upload, upload_limit
 from service.domain.job import Attempt, Checkpoint, Event, Job, JobStatus
 from service.domain.ports import ClusterSnapshot, JobPage
 from service.domain.spec import STORED, JobSpec
@@ -295,36 +295,46 @@ class Client:
             )
         return checkpoint
 
-    def upload_bundle(self, path: Path, *, on_bytes: Callable[[int], None] | None = None) -> Upload:
+    def upload_bundle(
+        self, path: Path, *, again: bool = False, on_bytes: Callable[[int], None] | None = None
+    ) -> Upload:
         """Upload code, for jobs to name by its hash as ``code.bundle``; nothing is sent that the service has.
 
         Args:
             path: a directory, packed as ``service.client.bundling.pack_directory`` says, or a zip archive.
+            again: send it though the service has it, which repairs a copy that storage has damaged.
             on_bytes: called with the number of bytes of each piece that is sent.
 
         Raises:
             UploadFailed: it cannot be packed, or is larger than the service takes.
             OSError: it cannot be read.
         """
-        with open_bundle(path) as file:
+        with open_bundle(path, upload_limit(self._connection, "/v1/bundles")) as file:
             data = send_upload(
                 self._connection,
                 "/v1/bundles",
                 file,
                 what=f"The bundle of {path}",
+                again=again,
                 patience=self._patience(),
                 on_bytes=on_bytes,
             )
         return _parse(Upload, data)
 
     def upload_dataset(
-        self, path: Path, *, name: str | None = None, on_bytes: Callable[[int], None] | None = None
+        self,
+        path: Path,
+        *,
+        name: str | None = None,
+        again: bool = False,
+        on_bytes: Callable[[int], None] | None = None,
     ) -> Upload:
         """Upload a file of data, for jobs to name as ``upload:`` and its hash; nothing is sent that the service has.
 
         Args:
             path: a .npz, .zip, .parquet or .tar file.
             name: what to keep it under; by default its own name.
+            again: send it though the service has it, which repairs a copy that storage has damaged.
             on_bytes: called with the number of bytes of each piece that is sent.
 
         Raises:
@@ -338,6 +348,7 @@ class Client:
                 file,
                 what=str(path),
                 name=name or path.name,
+                again=again,
                 patience=self._patience(),
                 on_bytes=on_bytes,
             )

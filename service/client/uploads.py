@@ -22,6 +22,7 @@ def send_upload(
     *,
     what: str,
     name: str | None = None,
+    again: bool = False,
     patience: Patience,
     on_bytes: Callable[[int], None] | None = None,
 ) -> dict[str, object]:
@@ -33,6 +34,7 @@ def send_upload(
         file: the file; read from its beginning, twice.
         what: it is, for errors.
         name: to keep it under.
+        again: send it though the service has it: its copy may be damaged.
         patience: with a service that is away; the file is then sent anew.
         on_bytes: called with the number of bytes of each piece that is sent.
 
@@ -43,12 +45,13 @@ def send_upload(
         UploadFailed: it is larger than the service takes, or arrived as something else.
     """
     sha256, size_bytes = _describe(file)
-    try:
-        return connection.json("GET", f"{route}/{sha256}")
-    except JobNotFound:
-        pass  # to be sent
-    limit = connection.json("GET", route, params={"limit": 0}).get("max_bytes")
-    if isinstance(limit, int) and size_bytes > limit:
+    if not again:
+        try:
+            return connection.json("GET", f"{route}/{sha256}")
+        except JobNotFound:
+            pass  # to be sent
+    limit = upload_limit(connection, route)
+    if limit is not None and size_bytes > limit:
         raise UploadFailed(f"{what} has {size_bytes} bytes, and the service takes at most {limit}. Nothing was sent.")
     answer = _send(connection, route, file, size_bytes, name, patience, on_bytes)
     if "sha256" not in answer:
@@ -56,6 +59,12 @@ def send_upload(
     if answer["sha256"] != sha256:
         raise UploadFailed(f"{what} changed while it was sent, or on its way. Send it again.")
     return answer
+
+
+def upload_limit(connection: Connection, route: str) -> int | None:
+    """Return the most bytes that the service takes at a route; None where it does not say."""
+    limit = connection.json("GET", route, params={"limit": 0}).get("max_bytes")
+    return limit if isinstance(limit, int) else None
 
 
 def _send(

@@ -1,7 +1,6 @@
 """The actor that owns a node's forkserver; one per node, detached, restarted when it dies."""
 
 import os
-import shutil
 import subprocess
 import sys
 import uuid
@@ -9,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import ray
+
+from service.storage.node_cache import remove_tree
 
 ENTRY = "service.training.rank:main"
 PRELOAD = ("service.training.rank", "torch._dynamo")
@@ -35,7 +36,7 @@ class NodeAgent:
     def __init__(self, work_dir: str) -> None:
         # One node's agents share the parent; several nodes may share one machine.
         self._work_dir = Path(work_dir) / ray.get_runtime_context().get_node_id()
-        shutil.rmtree(self._work_dir, ignore_errors=True)
+        remove_tree(self._work_dir)
         self._start()
 
     def forkserver(self) -> tuple[str, str]:

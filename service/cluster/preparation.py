@@ -43,7 +43,7 @@ class Preparation:
         Raises:
             UserCodeRefused: it cannot be used, now or later.
             StorageError: run storage does not hold what was uploaded.
-            OSError: it could not be fetched this time.
+            OSError: it could not be fetched or installed this time.
         """
         preparation = cls()
         try:

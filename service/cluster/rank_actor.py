@@ -25,6 +25,7 @@ from service.domain.errors import UserCodeRefused
 from service.domain.job import Checkpoint
 from service.domain.ports import Launch
 from service.domain.rank_protocol import RankTask, StopRequest
+from service.domain.spec import STORED
 from service.storage.checkpoints import fetch_checkpoint
 from service.storage.layout import log_dir
 from service.storage.object_store import ObjectStore
@@ -84,7 +85,7 @@ class RankActor:
         Raises:
             UserCodeRefused: it cannot be used; the rank's log, in run storage by then, has more.
             ServiceError: it is not as it was uploaded, or this node does not see the service's run storage.
-            OSError: it could not be fetched this time.
+            OSError: it could not be fetched or installed this time; likewise.
         """
         self._store.check_identity(self._launch.storage_id)
         self._work_dir = Path(self._find_forkserver()[1])
@@ -98,7 +99,7 @@ class RankActor:
         try:
             with open(os.open(self._log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as log:
                 self._preparation = Preparation.fetch(self._launch, self._store, self._work_dir / "cache", log)
-        except UserCodeRefused:
+        except (UserCodeRefused, OSError):
             self._shipper.ship()
             raise
 
@@ -121,25 +122,26 @@ class RankActor:
             resume_dir = fetch_checkpoint(self._store, resume_from, self._work_dir / "checkpoints")
         spec = self._launch.spec
         brought = self._preparation
-        task = RankTask(
-            job_id=self._launch.job_id,
-            attempt=self._launch.attempt,
-            spec=spec,
-            rank=self._rank,
-            world_size=len(self._launch.node_ids),
-            rendezvous_host=rendezvous_host,
-            rendezvous_port=rendezvous_port,
-            rendezvous_fd=RENDEZVOUS_FD if self._rendezvous else None,
-            interface=_interface_of(self._address),
-            num_threads=max(1, int(spec.resources.cpus_per_rank)),
-            staging_dir=str(self._directory.path / "staging"),
-            resume_dir=None if resume_dir is None else str(resume_dir),
-            resume_job_id=None if resume_from is None else resume_from.job_id,
-            code_dir=None if brought.code_dir is None else str(brought.code_dir),
-            packages_dir=None if brought.packages_dir is None else str(brought.packages_dir),
-            uploads={sha256: str(path) for sha256, path in brought.uploads.items()},
-            collective_timeout_s=self._launch.collective_timeout_s,
-        )
+        fields = {
+            "job_id": self._launch.job_id,
+            "attempt": self._launch.attempt,
+            "spec": spec,
+            "rank": self._rank,
+            "world_size": len(self._launch.node_ids),
+            "rendezvous_host": rendezvous_host,
+            "rendezvous_port": rendezvous_port,
+            "rendezvous_fd": RENDEZVOUS_FD if self._rendezvous else None,
+            "interface": _interface_of(self._address),
+            "num_threads": max(1, int(spec.resources.cpus_per_rank)),
+            "staging_dir": str(self._directory.path / "staging"),
+            "resume_dir": None if resume_dir is None else str(resume_dir),
+            "resume_job_id": None if resume_from is None else resume_from.job_id,
+            "code_dir": None if brought.code_dir is None else str(brought.code_dir),
+            "packages_dir": None if brought.packages_dir is None else str(brought.packages_dir),
+            "uploads": {sha256: str(path) for sha256, path in brought.uploads.items()},
+            "collective_timeout_s": self._launch.collective_timeout_s,
+        }
+        task = RankTask.model_validate(fields, context=STORED)  # it was accepted when it was submitted
         gpu_ids = [str(gpu_id) for gpu_id in ray.get_gpu_ids()]
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpu_ids)}
         if brought.code_dir is not None:

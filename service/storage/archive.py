@@ -32,8 +32,11 @@ RATIO_MATTERS_FROM_BYTES = 1 << 20
 _MAX_PROBLEMS = 20
 _START = b"PK\x03\x04"
 _DIRECTORY_RECORD = b"PK\x01\x02"
-# Archives in an archive have such records too; beyond this many, reading the directory alone would fill the memory.
-_RECORDS_PER_ENTRY = 10
+# Of the directory, which is read in one piece: room for the longest name and as much again, and never more than memory
+# can bear.
+_DIRECTORY_BYTES_PER_ENTRY = 2 << 10
+_MAX_DIRECTORY_BYTES = 64 << 20
+_END_BYTES = 1 << 17  # of the record at an archive's end, and a comment
 _ENCRYPTED_FLAGS = 0x1 | 0x40 | 0x2000
 _UTF8_FLAG = 0x800
 _DRIVE = re.compile(r"[A-Za-z]:")
@@ -196,11 +199,10 @@ def _opened(file: BinaryIO, limits: ArchiveLimits) -> Iterator[zipfile.ZipFile]:
     file.seek(0)
     if file.read(len(_START)) != _START:
         raise refusal(f"This is no zip archive with a file in it. {remedy}")
-    if _count(file, _DIRECTORY_RECORD) > limits.entries * _RECORDS_PER_ENTRY:
-        raise _too_many(limits)
     file.seek(0)
+    guard = _DirectoryGuard(file, limits)
     try:
-        archive = zipfile.ZipFile(file)
+        archive = zipfile.ZipFile(guard, "r")
     except UnicodeDecodeError as error:
         raise _refused_entry(
             repr(error.object)[2:-1], "is a name that is not valid UTF-8, as it says it is. Rename the file."
@@ -211,18 +213,36 @@ def _opened(file: BinaryIO, limits: ArchiveLimits) -> Iterator[zipfile.ZipFile]:
         if error.errno != errno.EINVAL:
             raise
         raise refusal(f"This zip archive is damaged: it points outside of itself. {remedy}") from None
+    guard.is_open = True
     with archive:
         yield archive
 
 
-def _count(file: BinaryIO, pattern: bytes) -> int:
-    count, kept = 0, b""
-    file.seek(0)
-    while chunk := file.read(CHUNK_BYTES):
-        piece = kept + chunk
-        count += piece.count(pattern)
-        kept = piece[-(len(pattern) - 1) :]
-    return count
+class _DirectoryGuard:
+    """A file that ``zipfile`` reads an archive's directory from, refusing one that would fill the memory.
+
+    Every entry of it becomes an object, whatever the archive says of their number: so the records are counted.
+
+    Attributes:
+        is_open: whether the directory has been read; the rest is read in small pieces.
+    """
+
+    def __init__(self, file: BinaryIO, limits: ArchiveLimits) -> None:
+        self._file = file
+        self._limits = limits
+        self._max_bytes = max(_END_BYTES, min(limits.entries * _DIRECTORY_BYTES_PER_ENTRY, _MAX_DIRECTORY_BYTES))
+        self.is_open = False
+        self.seek = file.seek
+        self.tell = file.tell
+        self.seekable = file.seekable
+
+    def read(self, size: int = -1, /) -> bytes:
+        if not self.is_open and size > self._max_bytes:
+            raise _too_many(self._limits)
+        content = self._file.read(size)
+        if not self.is_open and content.count(_DIRECTORY_RECORD) > self._limits.entries:
+            raise _too_many(self._limits)
+        return content
 
 
 def _checked_entries(archive: zipfile.ZipFile, limits: ArchiveLimits) -> Sequence[zipfile.ZipInfo]:

@@ -1,8 +1,10 @@
 """A node's copies of what its jobs share, such as unpacked bundles: bounded, and checked at each use.
 
 An entry is a directory ``KIND/KEY`` with ``content/`` and ``record.json``, the SHA-256 of every file of it. It is made
-under another name and renamed when it is whole. Who uses one holds a shared lock of ``KEY.lock``, and who removes one
-an exclusive one; the kernel lets go of a lock when its process ends, so processes and threads may share a cache.
+under another name and renamed when it is whole; the directories of its content are read-only from then on. Who uses one
+holds a shared lock of ``KEY.lock``, and who removes one an exclusive one; the kernel lets go of a lock when its process
+ends, so processes and threads may share a cache. One that was damaged while somebody uses it stays, and another is made
+beside it as ``KEY~2``, ``KEY~3``, ...: whoever runs code from it may still read more of it.
 """
 
 import fcntl
@@ -12,7 +14,9 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -77,47 +81,51 @@ class NodeCache:
         """
         directory = self._root / kind
         directory.mkdir(parents=True, exist_ok=True)
-        entry = directory / key
-        lock = _take(directory / f"{key}.lock", fcntl.LOCK_SH)
-        try:
-            if not _is_whole(entry):
-                making = _take(directory / f"{key}.making", fcntl.LOCK_EX)
-                try:
-                    if not _is_whole(entry):
-                        self._make(entry, make)
-                finally:
-                    os.close(making)
-            os.utime(entry)  # the time of its last use
-        except BaseException:
-            os.close(lock)
-            raise
-        return Claim(entry / CONTENT, lock)
+        claim = _claim_whole(directory, key)
+        if claim is None:
+            making_path = directory / f"{key}.making"
+            making = _take(making_path, fcntl.LOCK_EX)
+            try:
+                claim = _claim_whole(directory, key) or self._make(directory, key, make)
+            finally:
+                making_path.unlink()  # who waits for it takes a new one
+                os.close(making)
+        return claim
 
-    def _make(self, entry: Path, make: Callable[[Path], None]) -> None:
-        for left in entry.parent.glob(f".{entry.name}.*"):  # by one that was killed: this one holds the lock of making
-            shutil.rmtree(left, ignore_errors=True)
-        partial = _aside(entry)
+    def _make(self, directory: Path, key: str, make: Callable[[Path], None]) -> Claim:
+        """Make an entry; the caller holds the lock of making, and found none that is whole."""
+        for left in directory.glob(f".{key}.*"):  # by one that was killed
+            remove_tree(left)
+        for damaged in _copies(directory, key):
+            logger.warning("%s was damaged, and is made anew", damaged)
+            _remove_if_idle(damaged)
+        partial = _aside(directory / key)
         (partial / CONTENT).mkdir(parents=True)
         try:
             make(partial / CONTENT)
             record = _describe(partial / CONTENT)
             (partial / RECORD).write_text(record.model_dump_json())
-            self._make_room(entry, record.size_bytes)
-            if entry.exists():
-                logger.warning("%s was damaged, and is made anew", entry)
-                _discard(entry)
-            partial.rename(entry)
+            _set_mode_of_directories(partial / CONTENT, 0o555)
+            self._make_room(record.size_bytes)
+            entry = next(entry for entry in _names(directory, key) if not entry.exists())
+            lock = _take(_lock_of(entry), fcntl.LOCK_SH)
+            try:
+                partial.rename(entry)
+            except BaseException:
+                os.close(lock)
+                raise
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_tree(partial)
+        return Claim(entry / CONTENT, lock)
 
-    def _make_room(self, wanted: Path, size_bytes: int) -> None:
-        """Remove what was used least recently, until an entry fits."""
+    def _make_room(self, size_bytes: int) -> None:
+        """Remove what was used least recently, until a new entry fits."""
         turn = _take(self._root / "room.lock", fcntl.LOCK_EX)
         try:
             others = [
                 (_last_use_ns(path), path, _recorded_bytes(path))
                 for path in self._root.glob("*/*")
-                if path != wanted and path.is_dir() and not path.name.startswith(".")
+                if path.is_dir() and not path.name.startswith(".")
             ]
             total = size_bytes + sum(size for _, _, size in others)
             for _, path, size in sorted(others):
@@ -129,6 +137,12 @@ class NodeCache:
                 logger.warning("%s holds %d bytes, all in use; its limit is %d", self._root, total, self._max_bytes)
         finally:
             os.close(turn)
+
+
+def remove_tree(directory: Path) -> None:
+    """Remove a directory with all below it, also where its directories are read-only; what cannot be removed stays."""
+    _set_mode_of_directories(directory, 0o700)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 class _File(BaseModel):
@@ -150,6 +164,33 @@ class _Record(BaseModel):
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files.values())
+
+
+def _names(directory: Path, key: str) -> Iterator[Path]:
+    """Yield where entries of a key may lie, for ever."""
+    yield directory / key
+    for number in count(2):
+        yield directory / f"{key}~{number}"
+
+
+def _copies(directory: Path, key: str) -> list[Path]:
+    """Return the entries of a key, damaged ones as well."""
+    return [path for path in (directory / key, *sorted(directory.glob(f"{key}~*"))) if path.is_dir()]
+
+
+def _claim_whole(directory: Path, key: str) -> Claim | None:
+    """Return an entry of a key that is whole, in use from now on; None if there is none."""
+    for entry in _copies(directory, key):
+        lock = _take(_lock_of(entry), fcntl.LOCK_SH)
+        try:
+            if _is_whole(entry):
+                os.utime(entry)  # the time of its last use
+                return Claim(entry / CONTENT, lock)
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+    return None
 
 
 def _is_whole(entry: Path) -> bool:
@@ -190,25 +231,30 @@ def _recorded_bytes(entry: Path) -> int:
 
 
 def _remove_if_idle(entry: Path) -> bool:
-    lock_path = entry.with_name(f"{entry.name}.lock")
     try:
-        lock = _take(lock_path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = _take(_lock_of(entry), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     try:
-        _discard(entry)
-        entry.with_name(f"{entry.name}.making").unlink(missing_ok=True)  # nobody makes what nobody holds
-        lock_path.unlink()
+        aside = _aside(entry)
+        with suppress(FileNotFoundError):  # another was quicker
+            entry.rename(aside)  # gone from its place at once
+            remove_tree(aside)
+        _lock_of(entry).unlink()
     finally:
         os.close(lock)
     return True
 
 
-def _discard(entry: Path) -> None:
-    """Remove an entry; it is gone from its place at once."""
-    aside = _aside(entry)
-    entry.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+def _lock_of(entry: Path) -> Path:
+    return entry.with_name(f"{entry.name}.lock")
+
+
+def _set_mode_of_directories(top: Path, mode: int) -> None:
+    """Change the mode of a directory and of those below it, as far as they are there and links lead to none."""
+    for directory, _, _ in os.walk(top):
+        with suppress(OSError):
+            Path(directory).chmod(mode)
 
 
 def _aside(entry: Path) -> Path:

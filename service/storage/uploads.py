@@ -169,7 +169,8 @@ def _verify(file: BufferedReader, sha256: str, path: str) -> None:
     found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         raise StorageError(
-            f"{path} in run storage is damaged: its SHA-256 is {found}. Upload the same file again, which repairs it."
+            f"{path} in run storage is damaged: its SHA-256 is {found}. Upload the same file again, which repairs it: "
+            "`syncbn bundle --again DIRECTORY` or `syncbn dataset --again FILE`."
         )
 
 

@@ -3,7 +3,6 @@ install more than once, code that sees secrets, or a refusal that does not reach
 
 import hashlib
 import os
-import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -192,7 +191,7 @@ def test_brought_code_sees_no_secret_of_the_service_of_ray_or_of_storage(bring, 
     # Nothing was written beside the code: another rank takes it as it is.
     assert not list(brought.code_dir.rglob("__pycache__"))
     other = actor_of(launch)
-    shutil.rmtree(actor._directory)
+    actor._directory.remove()
     other.prepare()
     assert other._preparation.code_dir == brought.code_dir
 
@@ -211,6 +210,19 @@ def test_a_refusal_names_the_remedy_and_its_log_is_kept(bring, launch_of, actor_
         actor.prepare()
     log = read_sequence(store, log_dir("job", 1, 0), 0).decode()
     assert ("ERROR: " in log) == (part == "cannot be installed")
+
+
+def test_what_could_not_be_installed_this_time_is_no_refusal_and_its_log_is_kept(
+    bring, launch_of, actor_of, store, monkeypatch
+):
+    monkeypatch.setenv("SYNCBN_PASS_ENVIRONMENT", "PIP_RETRIES")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    # A name that no network resolves.
+    lines = b"--index-url https://index.invalid/simple\ntiny\n"
+    actor = actor_of(launch_of(code={"bundle": bring({"requirements.txt": lines}), "requirements": True}))
+    with pytest.raises(OSError, match="cannot be installed"):
+        actor.prepare()
+    assert "ERROR: " in read_sequence(store, log_dir("job", 1, 0), 0).decode()
 
 
 def test_a_bundle_that_is_gone_is_a_refusal(launch_of, actor_of):

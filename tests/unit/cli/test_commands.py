@@ -1,6 +1,7 @@
 """The commands against the API over a fake store."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 
 from service.cli.output import inert, one_line
 from service.domain.job import Failure, Outcome, Reason
-from tests.fakes import spec_data
+from tests.fakes import spec_data, wait_for
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "digits.yaml"
 
@@ -235,6 +236,38 @@ def test_watch_to_failure_and_cancellation(service, cli):
     assert f"syncbn logs {failed.id} --rank 3" in result.stdout
     cancelled = end(service, Outcome.STOPPED, Reason.CANCEL_REQUESTED)
     assert cli("watch", cancelled.id).exit_code == 5
+
+
+def test_a_job_that_is_resumed_at_its_end_is_watched_on(service, cli, monkeypatch):
+    from service.client.client import Client
+
+    job = end(service, Outcome.FAILED, Reason.USER_ERROR, Failure(rank=0, error_type="ValueError", message="bad"))
+    real = Client.stream
+
+    def stream(self, job_id, *, after=0):
+        yield from real(self, job_id, after=after)
+        if after == 0:  # between the end of the stream and the next look at the job
+            service.store.resume(job_id)
+        else:
+            assert service.store.get(job_id).status.is_terminal
+
+    monkeypatch.setattr(Client, "stream", stream)
+    started = threading.Event()
+
+    def go_on():
+        wait_for(lambda: service.store.get(job.id).status == "queued", timeout_s=20)
+        service.scheduler.start(job.id)
+        service.scheduler.end(job.id)
+        started.set()
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    result = cli("watch", job.id)
+    thread.join()
+    assert started.is_set()
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("failed:") == 1
+    assert "succeeded" in result.stderr
 
 
 def test_errors_have_exit_codes(service, cli, job_file, monkeypatch):

@@ -46,6 +46,16 @@ def test_submit_and_watch_across_a_restart_of_the_api(service, processes, tmp_pa
     assert told == [f"{step}/20" for step in range(2, 21, 2)]
 
 
+def test_the_module_runs_as_a_program(service, processes):
+    job = service.submit()
+    service.scheduler.start(job.id)
+    service.scheduler.checkpoint(job.id, 5, {"model.safetensors": b"five"}, eval_accuracy=0.5)
+    process = processes.start("checkpoints", job.id)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    assert "0.5000" in stdout
+
+
 def test_ctrl_c_detaches(service, processes):
     job = service.submit()
     process = processes.start("watch", job.id)

@@ -1,12 +1,13 @@
 """The commands that bring code and data, against the API over a fake store."""
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
 import yaml
 
-from service.client.bundling import bundle_sha256
+from service.client.bundling import pack_directory
 from tests.archives import HOSTILE
 from tests.fakes import spec_data
 
@@ -29,7 +30,7 @@ def job_file(tmp_path):
 def test_bundle_prints_the_hash(service, cli, code):
     result = cli("bundle", code)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.strip() == bundle_sha256(code)
+    assert result.stdout.strip() == hashlib.sha256(pack_directory(code)).hexdigest()
     assert "code: {bundle: " in result.stderr
     assert json.loads(cli("bundle", code, "--format", "json").stdout)["entries"] == 1
 
@@ -45,17 +46,40 @@ def test_dataset_prints_the_hash(service, cli, tmp_path):
 def test_submit_with_code_uploads_it_and_names_it(service, cli, code, job_file):
     result = cli("submit", "-f", job_file, "--code", code)
     assert result.exit_code == 0, result.stderr
-    sha256 = bundle_sha256(code)
+    sha256 = hashlib.sha256(pack_directory(code)).hexdigest()
     assert service.store.get(result.stdout.strip()).spec.code.bundle == sha256
     assert list(service.files.files) == [f"bundles/{sha256}.zip"]
     assert cli("submit", job_file, "--code", code, "--dry-run").exit_code == 0
 
 
-def test_a_hash_that_looks_like_a_number_stays_a_hash(service, cli, job_file, code, monkeypatch):
-    monkeypatch.setattr("service.client.bundling.bundle_sha256", lambda _: "1" * 62 + "e1")
-    result = cli("submit", job_file, "--code", code)
-    assert result.exit_code == 2
-    assert "code.bundle: there is no bundle 1111" in result.stderr
+def test_code_is_packed_once_so_that_the_job_names_what_was_sent(service, cli, code, job_file, monkeypatch):
+    import service.client.bundling as module
+
+    real = module.pack_directory
+
+    def pack(*arguments):
+        packed = real(*arguments)
+        (code / "model.py").write_text("x = 2\n")  # an editor saves it just now
+        return packed
+
+    monkeypatch.setattr(module, "pack_directory", pack)
+    result = cli("submit", job_file, "--code", code, "--set", "code.requirements=true")
+    assert result.exit_code == 0, result.stderr
+    (upload,) = service.uploads.uploads.values()
+    assert service.store.get(result.stdout.strip()).spec.code.bundle == upload.sha256
+
+
+def test_again_sends_what_the_service_has(service, cli, code, tmp_path):
+    np.savez(tmp_path / "data.npz", inputs=np.zeros(3))
+    for command in (("bundle", code), ("dataset", tmp_path / "data.npz")):
+        assert cli(*command).exit_code == 0
+        (path,) = service.files.files
+        content = service.files.files[path]
+        service.files.files[path] = bytes(len(content))  # damaged, and of the same size
+        assert cli(*command).exit_code == 0
+        assert service.files.files[path] != content
+        assert cli(*command, "--again").exit_code == 0
+        assert service.files.files.pop(path) == content
 
 
 def test_a_job_that_is_wrong_is_refused_before_its_code_is_sent(service, cli, code, job_file):

@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from service.client.bundling import bundle_sha256, open_bundle, pack_directory
+from service.client.bundling import open_bundle, pack_directory
 from service.client.errors import RequestRefused, UploadFailed
 from service.domain.uploads import UploadKind
 from service.storage.archive import check_archive
@@ -88,6 +88,9 @@ def test_what_cannot_be_packed_is_named(code, tmp_path):
     os.close(os.open(os.fsencode(code) + b"/\xff.py", os.O_CREAT))
     with pytest.raises(UploadFailed, match="Rename it"):
         pack_directory(code)
+    (code / ".syncbnignore").write_bytes(b"\xff\xfe")
+    with pytest.raises(UploadFailed, match=r"\.syncbnignore is no UTF-8 text"):
+        pack_directory(code)
     empty = tmp_path / "empty"
     (empty / ".git").mkdir(parents=True)
     with pytest.raises(UploadFailed, match="holds no file"):
@@ -99,7 +102,7 @@ def test_what_cannot_be_packed_is_named(code, tmp_path):
 def test_a_bundle_is_sent_once(service, client, code, sent):
     pieces = []
     upload = client.upload_bundle(code, on_bytes=pieces.append)
-    assert upload.sha256 == bundle_sha256(code)
+    assert upload.sha256 == hashlib.sha256(pack_directory(code)).hexdigest()
     assert upload == service.uploads.find_upload(UploadKind.BUNDLE, upload.sha256)
     assert sum(pieces) == upload.size_bytes
     assert client.upload_bundle(code) == upload
@@ -128,6 +131,28 @@ def test_what_is_too_large_is_told_before_anything_is_sent(service, client, tmp_
     with pytest.raises(UploadFailed, match=f"at most {service.limits['max_bundle_bytes']}. Nothing was sent"):
         client.upload_bundle(path)
     assert sent == []
+
+
+def test_packing_ends_where_the_service_takes_no_more(service, client, code, sent, monkeypatch):
+    from service.client import bundling
+
+    monkeypatch.setattr(bundling, "BLOCK_BYTES", 1 << 16)
+    limit = service.limits["max_bundle_bytes"]
+    (code / "big.bin").write_bytes(os.urandom(limit + (1 << 17)))
+    with pytest.raises(
+        UploadFailed, match=rf"the {limit} bytes .*at most; big\.bin reaches the limit. Nothing was sent"
+    ):
+        client.upload_bundle(code)
+    assert sent == []
+
+
+def test_what_storage_has_lost_is_sent_again(service, client, code, sent):
+    upload = client.upload_bundle(code)
+    service.files.files.clear()
+    assert client.upload_bundle(code) == upload
+    assert list(service.files.files) == [f"bundles/{upload.sha256}.zip"]
+    client.upload_bundle(code, again=True)
+    assert len(sent) == 3
 
 
 def test_a_refusal_names_the_entry(client, tmp_path):

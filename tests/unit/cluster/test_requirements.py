@@ -2,16 +2,23 @@
 replaces what the service has, or leaves its owner in the dark."""
 
 import hashlib
+import json
 import os
+import socket
 import subprocess
 import sys
+import tarfile
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from service.cluster.node_agent import training_environment
-from service.cluster.requirements import install_requirements, installed, read_requirements
+from service.cluster.requirements import Requirements, install_requirements, installed, read_requirements
 from service.domain.errors import UserCodeRefused
 from tests.archives import make_zip
 
@@ -116,14 +123,90 @@ def test_what_cannot_be_installed_is_told_with_pips_last_lines(install, tmp_path
     assert not list((tmp_path / "target").iterdir())
 
 
-def test_a_deadline_ends_pip(install, monkeypatch):
+def test_a_deadline_ends_pip_and_another_try_may_help(install, monkeypatch):
     import service.cluster.requirements as module
 
     monkeypatch.setattr(module, "_START_PIP", "import time; print('so far', flush=True); time.sleep(1000)")
     started = time.monotonic()
-    with pytest.raises(UserCodeRefused, match=r"within its time(?s:.*)so far"):
+    with pytest.raises(OSError, match=r"within its time(?s:.*)so far"):
         install(HERE + "tiny\n", deadline_s=1.0)
     assert time.monotonic() - started < 20
+
+
+def test_all_runs_of_pip_share_one_deadline(install, monkeypatch):
+    import service.cluster.requirements as module
+
+    class Popen(subprocess.Popen):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            clock[0] += 40.0
+            return super().wait(60)
+
+    waits, clock = [], [1000.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Popen}))
+    install(HERE + "tiny\n", deadline_s=100.0)
+    assert waits == [100.0, 60.0]
+
+
+def test_an_index_that_is_away_is_no_fault_of_the_job(code, tmp_path):
+    class Away(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(503)
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Away)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        closed_port = free.getsockname()[1]
+    try:
+        for port in (server.server_port, closed_port):
+            requirements = Requirements(lines=(f"--index-url http://127.0.0.1:{port}/simple", "tiny"), key="")
+            with (tmp_path / "log").open("ab") as log, pytest.raises(OSError, match="No matching distribution"):
+                install_requirements(
+                    requirements,
+                    tmp_path / "target",
+                    environment={**training_environment(os.environ), "PIP_RETRIES": "0"},
+                    log=log,
+                    deadline_s=60.0,
+                )
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.mark.parametrize("form", ["directory", "archive"])
+def test_what_a_wheel_needs_is_not_built_either(install, code, tmp_path, form):
+    source = tmp_path / "boom"
+    source.mkdir()
+    marker = tmp_path / "ran"
+    (source / "setup.py").write_text(f"open({str(marker)!r}, 'w')\nimport setuptools; setuptools.setup(name='boom')\n")
+    if form == "archive":
+        with tarfile.open(tmp_path / "boom-1.0.tar.gz", "w:gz") as archive:
+            archive.add(source, "boom-1.0")
+        source = tmp_path / "boom-1.0.tar.gz"
+    wheel(code / "wheels", "trojan", needs=[f"boom @ {source.as_uri()}"])
+    with pytest.raises(UserCodeRefused, match="only wheels are installed"):
+        install("trojan\n" + HERE)
+    assert not marker.exists()
+
+
+def test_what_pip_found_that_is_no_wheel_is_refused(install, tmp_path, monkeypatch):
+    import service.cluster.requirements as module
+
+    class Found(module._Pip):
+        def run(self, *arguments):
+            report = {"url": "https://example.org/boom-1.0.tar.gz#x.whl", "archive_info": {}}
+            text = json.dumps({"install": [{"download_info": report, "metadata": {"name": "boom"}}]})
+            Path(arguments[arguments.index("--report") + 1]).write_text(text)
+
+    monkeypatch.setattr(module, "_Pip", Found)
+    with pytest.raises(UserCodeRefused, match=r"needs boom .* no wheel"):
+        install("boom\n")
 
 
 @pytest.mark.parametrize(
@@ -137,9 +220,19 @@ def test_a_deadline_ends_pip(install, monkeypatch):
         "--find-links ..", "--find-links /etc", "--find-links none", "--find-links file:///etc", "-i file:///etc",
         "--index-url", "tiny; import os", "tiny --global-option=x", "tiny --install-option=x", "tiny --only-binary",
         "'",
+        '--index-url "https://example.org/simple --no-binary=tiny"', '-i "https://example.org/ --pre"',
+        "-i http://example.org/simple", "-f http://example.org/wheels", "-i https:///simple", "-i https://x/#y",
+        '--find-links "https://example.org/ --no-binary=tiny"', "--find-links wheels/tiny-1.0-py3-none-any.whl",
+        "tiny @ http://example.org/tiny-1.0-py3-none-any.whl", "http://example.org/tiny-1.0-py3-none-any.whl",
+        "tiny @ https://example.org/tiny-1.0.tar.gz#x.whl", "https://example.org/tiny-1.0.tar.gz#x.whl",
+        "https://example.org/tiny-1.0.tar.gz?x.whl", "https://example.org/x.tar.gz --no-binary=:all: .whl",
+        "https://example.org/tiny-1.0-py3-none-any.whl#subdirectory=x", "folder-1.0-py3-none-any.whl", "odd.whl",
+        "tiny ; os_name != ' --no-binary=tiny '",
     ],
 )  # fmt: skip
 def test_what_would_run_code_or_leave_the_bundle_is_refused_with_its_line(code, line):
+    (code / "folder-1.0-py3-none-any.whl").mkdir()
+    (code / "odd.whl").write_bytes(b"")
     (code / "requirements.txt").write_text(f"# a comment\n\nnumpy\n{line}\n")
     with pytest.raises(UserCodeRefused, match=r"^Line 4 of the bundle's requirements\.txt"):
         read_requirements(code, SHA256)
@@ -151,12 +244,21 @@ def test_what_would_run_code_or_leave_the_bundle_is_refused_with_its_line(code, 
         "tiny", "tiny==1.0", "tiny[extra]>=1,<2 ; python_version >= '3.9'  # why", "tiny==1.0 --hash=sha256:" + SHA256,
         "-i https://example.org/simple", "--extra-index-url=https://example.org/simple", "--pre", "--require-hashes",
         "--find-links https://example.org/wheels", "-f wheels", "tiny @ https://example.org/tiny-1.0-py3-none-any.whl",
-        "https://example.org/tiny-1.0-py3-none-any.whl", "wheels/tiny-1.0-py3-none-any.whl", "tiny \\\n  >=1.0",
+        "https://example.org/tiny-1.0-py3-none-any.whl", f"https://u:p@example.org/tiny-1.0-py3-none-any.whl#sha256={SHA256}",
+        "wheels/tiny-1.0-py3-none-any.whl", "tiny \\\n  >=1.0",
     ],
 )  # fmt: skip
 def test_what_is_usual_is_allowed(code, line):
     (code / "requirements.txt").write_text(line + "\n")
     assert read_requirements(code, SHA256).lines
+
+
+def test_a_name_in_the_bundle_is_never_an_option(install, code):
+    wheel(code / "w --pre", "other")
+    lines = ["--no-index", "--find-links 'w --pre'", "w --pre/other-1.0-py3-none-any.whl"]
+    target = install("\n".join(lines))
+    assert (target / "other.py").exists()
+    assert not any(" --pre" in line for line in read_requirements(code, SHA256).lines)
 
 
 def test_a_bundle_without_readable_requirements_is_refused(code):

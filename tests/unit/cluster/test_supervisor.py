@@ -225,5 +225,6 @@ def test_a_fork_whose_checkpoint_cannot_be_read_fails_and_does_not_begin_anew(su
     asyncio.run(supervisor.run())
     *_, quarantined, ended = _reports(store)
     assert isinstance(quarantined, CheckpointQuarantined)
+    assert (quarantined.job_id, quarantined.attempt, quarantined.step) == ("parent", 1, 20)
     assert (ended.outcome, ended.reason) == (Outcome.FAILED, Reason.CHECKPOINT_FAILED)
     assert "step 20 of job parent" in ended.message

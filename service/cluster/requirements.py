@@ -45,7 +45,7 @@ _LAST_LINES = 15
 _MAY_PASS = re.compile(
     r"connection error|connection broken|Connection(?:Reset|Refused|Aborted)?Error|Connect(?:ion)?TimeoutError"
     r"|Read timed out|ReadTimeoutError|IncompleteRead|Temporary failure in name resolution|Name or service not known"
-    r"|\b5\d\d (?:Server )?Error|too many (?:429|5\d\d) error responses|HTTP error (?:429|5\d\d)"
+    r"|\b5\d\d Server Error|too many (?:429|5\d\d) error responses|HTTP error (?:429|5\d\d)"
     r"|No space left on device",
     re.IGNORECASE,
 )

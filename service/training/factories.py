@@ -95,7 +95,7 @@ def _import_module(name: str, *, field: str) -> ModuleType:
         if name == missing or name.startswith(f"{missing}."):
             raise BadFactory(
                 f"{field}: there is no module {missing!r}.{_did_you_mean_module(missing)} "
-                "Is it in the job's code, or installed on every node?"
+                "Is it in the job's code (syncbn submit --code DIRECTORY), or installed on every node?"
             ) from None
         raise BadFactory(
             f"{field}: module {name} imports {missing!r}, which is not there; add it to the job's code or to its "

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from service.domain.batch_plan import BatchPlan
-from service.domain.journal import ExactnessFound, Metrics
+from service.domain.journal import ExactnessFound, Metrics, Warned
 from service.domain.rank_protocol import Finished, RankTask, Stepped
 from service.domain.spec import JobSpec
 from service.training.channel import Channel
@@ -34,6 +34,8 @@ class TrainingContext:
         seed: of the job.
         num_steps: of the job, where it says so.
         resumed_from: optimizer steps that were done when ``load`` was saved; 0 at the beginning.
+        step: that was reported last.
+        saved_step: that was saved last in this attempt, by the first rank; None before.
     """
 
     rank: int
@@ -44,6 +46,8 @@ class TrainingContext:
     seed: int
     num_steps: int | None
     resumed_from: int
+    step: int
+    saved_step: int | None
 
     def __init__(
         self,
@@ -60,7 +64,7 @@ class TrainingContext:
         self._delivery = delivery
         self._has_stepped = self._is_stopping = False
         self._values: dict[str, float] = {}
-        self._saved_step: int | None = None
+        self.saved_step = None
         self.rank, self.world_size, self.device = world.rank, world.size, world.device
         self.spec, self.seed, self.num_steps = task.spec, task.spec.seed, task.spec.steps
         self.plan = task.spec.batch_plan(world.size)
@@ -100,7 +104,7 @@ class TrainingContext:
         Raises:
             BadFactory: one of them holds something else.
         """
-        if self.rank != 0 or self.step == self._saved_step:
+        if self.rank != 0 or self.step == self.saved_step:
             return
         checkpoint = Checkpoint(step=self.step, model=model, optimizer={}, state=dict(state or {}))
         finite = Metrics.of(self.step, self._values).values
@@ -108,7 +112,7 @@ class TrainingContext:
             self._writer.save(checkpoint, finite)
         except BadFactory as error:
             raise BadFactory(f"train_function: context.save cannot keep what it was given. {error}") from error
-        self._saved_step = self.step
+        self.saved_step = self.step
         self._delivery.deliver_written()
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
@@ -152,6 +156,14 @@ def run_train_function(task: RankTask, channel: Channel) -> Finished:
         function(context)
         world.await_all()
         delivery.deliver_all()
+        if world.rank == 0 and context.resumed_from < context.step != context.saved_step:
+            saved = f"only step {context.saved_step}" if context.saved_step else "no step"
+            channel.send(
+                Warned(
+                    message=f"train_function: it ended after step {context.step}, and saved {saved} before. Call "
+                    "context.save after the last one."
+                )
+            )
     # One that was resumed may have been done already.
     if context.step == context.resumed_from == 0 and not context.is_stopping:
         raise BadFactory("train_function: it returned without reporting a step. Call context.report(step, values).")

@@ -25,7 +25,7 @@ MISTAKES = [
     pytest.param(
         {"batch": {"size": 16, "max_per_rank": 4}},
         "batch.max_per_rank",
-        "Use at least 4 workers",
+        "Use 4 worker(s)",
         id="batch no world holds",
     ),
     pytest.param(

@@ -18,7 +18,7 @@ from tests.acceptance.embedded_service import EmbeddedServiceProcess, digits_job
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 # Long enough that whoever takes the victim's place is seen at work before the job's end.
-NUM_STEPS = 600
+NUM_STEPS = 1500
 KILL_AT_STEP = 33
 SERVICE = ("api", "scheduler")
 ATTEMPT = ("supervisor", "rank actor", "training", "forkserver", "node agent")

@@ -29,14 +29,15 @@ def _field_problem(error: Mapping[str, Any]) -> FieldProblem:
     path = list(error["loc"])
     if path[1:] and path[0] in ("body", "query", "path"):
         del path[0]  # where FastAPI found it; no field of the document
+    kind = ""
     if path[1:] and path[1] in UNIONS.get(path[0], ()):
-        del path[1]  # the union's tag; likewise
+        kind = f" of {path.pop(1)}"  # the union's tag; likewise
     context = error.get("ctx", {})
     if error["type"] == "spec_problem" and context["field"]:
         path.append(context["field"])
     message = str(error["msg"])
     if error["type"] == "extra_forbidden":
-        message = "unknown field. Remove it, or check its spelling against the job reference in docs/jobs.md."
+        message = f"unknown field{kind}. Remove it, or check its spelling against the job reference in docs/jobs.md."
     elif error["type"] == "finite_number":
         message = "must be a finite number, not NaN or infinity."
     elif error["type"] == "missing":

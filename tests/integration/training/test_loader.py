@@ -80,6 +80,10 @@ class Opened:
 
     def __init__(self):
         self.loaders = []
+        self._before = set(psutil.Process().children())  # other tests' servers
+
+    def workers(self):
+        return [child for child in psutil.Process().children() if child not in self._before]
 
     def __call__(self, source, *, rank=0, world_size=1, transform=None, num_workers=0, prefetch=2, in_order=False):
         length = source.num_samples if not isinstance(source, Source) else len(source)
@@ -110,7 +114,7 @@ def open_loader():
     yield opened
     for loader in opened.loaders:
         loader.close()
-    assert not psutil.Process().children()
+    assert not opened.workers()
     assert "loader" not in {thread.name for thread in threading.enumerate()}
 
 
@@ -292,7 +296,7 @@ def test_a_worker_that_is_killed_is_told_with_what_to_do(open_loader, images):
     loader = open_loader(images, num_workers=1, prefetch=1)
     iteration = loader.batches(0, 50)
     next(iteration)
-    (worker,) = psutil.Process().children()
+    (worker,) = open_loader.workers()
     worker.kill()
     with pytest.raises(DatasetError, match=r"a process that reads samples ended or .*lower loading\.workers"):
         list(iteration)
@@ -301,19 +305,19 @@ def test_a_worker_that_is_killed_is_told_with_what_to_do(open_loader, images):
 def test_workers_stay_from_one_iteration_to_the_next_and_end_when_closed(open_loader, images):
     loader = open_loader(images, num_workers=2)
     list(loader.batches(0, 1))
-    first = {child.pid for child in psutil.Process().children()}
+    first = {child.pid for child in open_loader.workers()}
     list(loader.batches(0, 1))
-    assert {child.pid for child in psutil.Process().children()} == first
+    assert {child.pid for child in open_loader.workers()} == first
     assert len(first) == 2
     loader.close()
     loader.close()
-    assert not psutil.Process().children()
+    assert not open_loader.workers()
 
 
 def test_a_stream_has_one_worker_at_most(open_loader):
     loader = open_loader(IterableStream(Numbers(), seed=0), num_workers=3, in_order=True)
     next(loader.batches(0, 1))
-    assert len(psutil.Process().children()) == 1
+    assert len(open_loader.workers()) == 1
 
 
 def test_a_thread_reads_ahead_no_further_than_it_may(open_loader):

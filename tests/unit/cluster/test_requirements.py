@@ -290,3 +290,10 @@ def test_the_key_is_of_what_decides_the_result(code, monkeypatch):
 
 def test_constraints_are_what_is_installed():
     assert f"torch=={version('torch')}" in installed()
+
+
+def test_the_time_of_a_note_is_no_answer_of_an_index():
+    from service.cluster.requirements import _MAY_PASS
+
+    assert not _MAY_PASS.search("2026-11-23T05:44:08,512 ERROR: No matching distribution found for absent-thing")
+    assert _MAY_PASS.search("503 Server Error: Service Unavailable for url: https://index.example/simple/")

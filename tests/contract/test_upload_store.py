@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -51,7 +52,9 @@ def test_kinds_do_not_meet(uploads):
 
 def test_the_latest_are_listed_first(uploads):
     for sha256 in (A, B, C):
-        uploads.add_upload(new(sha256))
+        stored, _ = uploads.add_upload(new(sha256))
+        while datetime.now(UTC) - stored.created_at < timedelta(milliseconds=2):
+            pass  # the clock of a database may tell no less than a millisecond
     uploads.add_upload(new(A, UploadKind.DATASET))
     assert [one.sha256 for one in uploads.list_uploads(UploadKind.BUNDLE, limit=2)] == [C, B]
     assert [one.sha256 for one in uploads.list_uploads(UploadKind.DATASET, limit=500)] == [A]

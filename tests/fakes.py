@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from service.domain.errors import (
+    FieldProblem,
     IdempotencyConflict,
     InvalidCursor,
+    InvalidSpec,
     InvalidTransition,
     LeaseLost,
     NotFound,
@@ -30,6 +32,7 @@ from service.domain.errors import (
     Unavailable,
 )
 from service.domain.job import (
+    DEFAULT_OWNER,
     Attempt,
     AttemptStatus,
     Checkpoint,
@@ -60,7 +63,8 @@ from service.domain.journal import (
     utc_now,
 )
 from service.domain.placement import Node
-from service.domain.ports import ClusterSnapshot, Feed, IdempotencyKey, JobPage, Lease, LiveAttempt
+from service.domain.ports import ClusterSnapshot, Feed, HeldBack, IdempotencyKey, JobPage, Lease, LiveAttempt
+from service.domain.queue import DEFAULT_QUEUE, Queue, QueueState
 from service.domain.retry import NextStep, after_attempt
 from service.domain.spec import JobSpec, parse_spec
 from tests.fake_uploads import FakeUploadFiles, FakeUploadStore
@@ -94,6 +98,7 @@ class _Row:
     ran_until: dict[int, datetime] = field(default_factory=dict)
     said: dict[int, str] = field(default_factory=dict)
     position: int = 0
+    start_by: float | None = None
 
     def change(self, **values: object) -> None:
         self.job = self.job.model_copy(update=values)
@@ -123,6 +128,8 @@ class _Row:
         self.change(status=status, reason=reason, message=message)
         if status.is_terminal:
             self.change(ended_at=utc_now())
+        if status is not JobStatus.QUEUED:
+            self.change(not_before=None)
         if status.is_terminal or status is JobStatus.PAUSED:
             self.change(cancel_requested=False, pause_requested=False, resize_requested=False)
 
@@ -153,24 +160,31 @@ class FakeJobStore:
         self._lease: Lease | None = None
         self._lease_ends = 0.0
         self._epochs = itertools.count(1)
+        self._queues = {DEFAULT_QUEUE: Queue(name=DEFAULT_QUEUE)}
+        self._usage_s: dict[str, float] = {}
 
     # What the API needs.
 
-    def submit(self, spec: JobSpec, *, key: IdempotencyKey | None = None) -> tuple[Job, bool]:
+    def submit(
+        self, spec: JobSpec, *, owner: str = DEFAULT_OWNER, key: IdempotencyKey | None = None
+    ) -> tuple[Job, bool]:
         with self._transaction():
             earlier = self._replayed(key)
             if earlier is not None:
                 return earlier, False
-            job = self._add(spec, Reason.SUBMITTED)
+            job = self._add(spec, Reason.SUBMITTED, owner)
             self._claim(key, job.id)
             return job, True
 
-    def _add(self, spec: JobSpec, reason: Reason, origin: Origin | None = None) -> Job:
+    def _add(self, spec: JobSpec, reason: Reason, owner: str, origin: Origin | None = None) -> Job:
+        self._check_relations(spec)
         number = len(self._rows) + 1
+        reason, status = (Reason.HELD, JobStatus.PAUSED) if spec.hold else (reason, JobStatus.QUEUED)
         job = Job(
             id=f"job-{number:04d}",
+            owner=owner,
             spec=spec,
-            status=JobStatus.QUEUED,
+            status=status,
             reason=reason,
             message="Waits to be placed.",
             attempt=0,
@@ -186,8 +200,22 @@ class FakeJobStore:
             ended_at=None,
         )
         row = self._rows[job.id] = _Row(number=number, job=job)
-        row.add_event("status", job.message, reason, time=job.created_at, **{"from": None, "to": JobStatus.QUEUED})
+        if spec.start_deadline_s is not None:
+            row.start_by = time.monotonic() + spec.start_deadline_s
+        row.add_event("status", job.message, reason, time=job.created_at, **{"from": None, "to": status})
         return job
+
+    def _check_relations(self, spec: JobSpec) -> None:
+        problems = []
+        if spec.queue not in self._queues:
+            problems.append(FieldProblem(field="queue", message="there is no such queue."))
+        for place, job_id in enumerate(spec.after):
+            if job_id not in self._rows:
+                problems.append(FieldProblem(field=f"after.{place}", message="there is no such job."))
+            elif self._rows[job_id].job.status in (JobStatus.FAILED, JobStatus.CANCELLED):
+                problems.append(FieldProblem(field=f"after.{place}", message="it has ended without success."))
+        if problems:
+            raise InvalidSpec("The job cannot be queued.", tuple(problems))
 
     def replayed(self, key: IdempotencyKey) -> Job | None:
         with self._transaction():
@@ -279,7 +307,9 @@ class FakeJobStore:
             )
         if row.job.reason is Reason.TIMEOUT:
             row.change(running_s=0.0)
-        row.change(retries_used=0, failure=None, ended_at=None)
+        row.change(retries_used=0, preemptions_used=0, failure=None, ended_at=None)
+        if row.job.spec.start_deadline_s is not None and row.job.started_at is None:
+            row.start_by = time.monotonic() + row.job.spec.start_deadline_s
         row.move(JobStatus.QUEUED, Reason.RESUMED, "Resumed.")
 
     def request_resize(self, job_id: str, workers: int, *, key: IdempotencyKey | None = None) -> Job:
@@ -293,7 +323,9 @@ class FakeJobStore:
 
         return self._wish(job_id, key, resize)
 
-    def fork(self, spec: JobSpec, origin: Origin, *, key: IdempotencyKey | None = None) -> tuple[Job, bool]:
+    def fork(
+        self, spec: JobSpec, origin: Origin, *, owner: str = DEFAULT_OWNER, key: IdempotencyKey | None = None
+    ) -> tuple[Job, bool]:
         with self._transaction():
             parent = self._row(origin.job_id)
             earlier = self._replayed(key)
@@ -301,7 +333,7 @@ class FakeJobStore:
                 return earlier, False
             if (origin.attempt, origin.step) not in {(one.attempt, one.step) for one in parent.counting()}:
                 raise NotFound(f"The checkpoint of step {origin.step} of job {origin.job_id} was removed.")
-            job = self._add(spec, Reason.FORKED, origin)
+            job = self._add(spec, Reason.FORKED, owner, origin)
             parent.add_event("forked", f"Forked at step {origin.step}.", job_id=job.id)
             self._claim(key, job.id)
             return job, True
@@ -345,6 +377,40 @@ class FakeJobStore:
         with self._transaction():
             return self._nodes
 
+    def queue_states(self) -> tuple[QueueState, ...]:
+        with self._transaction():
+            return tuple(
+                QueueState(
+                    queue=queue,
+                    usage_s=self._usage_s.get(name, 0.0),
+                    num_queued=sum(
+                        row.job.spec.queue == name and row.job.status is JobStatus.QUEUED for row in self._rows.values()
+                    ),
+                    num_live=sum(
+                        row.job.spec.queue == name and attempt.status in LIVE
+                        for row in self._rows.values()
+                        for attempt in row.attempts
+                    ),
+                )
+                for name, queue in sorted(self._queues.items())
+            )
+
+    def put_queue(self, queue: Queue) -> bool:
+        with self._transaction():
+            is_new = queue.name not in self._queues
+            self._queues[queue.name] = queue
+            return is_new
+
+    def remove_queue(self, name: str) -> None:
+        with self._transaction():
+            if name not in self._queues:
+                raise NotFound(f"There is no queue {name!r}.")
+            in_it = [row for row in self._rows.values() if row.job.spec.queue == name]
+            if name == DEFAULT_QUEUE or not all(row.job.status.is_terminal for row in in_it):
+                raise InvalidTransition(f"Queue {name} cannot be removed.")
+            del self._queues[name]
+            self._usage_s.pop(name, None)
+
     def ping(self) -> None:
         with self._transaction():
             pass
@@ -375,6 +441,48 @@ class FakeJobStore:
             queued = [row for row in self._rows.values() if row.job.status is JobStatus.QUEUED]
             queued.sort(key=lambda row: (-row.job.spec.priority, row.number))
             return tuple(row.job for row in queued[:limit])
+
+    def held_back(self) -> Mapping[str, HeldBack]:
+        with self._transaction():
+            now = utc_now()
+            held = {}
+            for job in (row.job for row in self._rows.values() if row.job.status is JobStatus.QUEUED):
+                unfinished = tuple(
+                    sorted(one for one in job.spec.after if self._rows[one].job.status is not JobStatus.SUCCEEDED)
+                )
+                retry_in_s = 0.0 if job.not_before is None else max(0.0, (job.not_before - now).total_seconds())
+                if unfinished or retry_in_s:
+                    held[job.id] = HeldBack(waits_for=unfinished, retry_in_s=retry_in_s)
+            return held
+
+    def fail_hopeless(self, lease: Lease) -> tuple[str, ...]:
+        with self._transaction(lease):
+            failed = []
+            for row in self._rows.values():
+                job = row.job
+                if job.status is not JobStatus.QUEUED:
+                    continue
+                before = {self._rows[one].job.status for one in job.spec.after}
+                if before & {JobStatus.FAILED, JobStatus.CANCELLED}:
+                    row.move(JobStatus.FAILED, Reason.DEPENDENCY_FAILED, "A job that it comes after has failed.")
+                elif row.start_by is not None and job.started_at is None and time.monotonic() >= row.start_by:
+                    row.move(JobStatus.FAILED, Reason.START_DEADLINE, "It had not started in time.")
+                else:
+                    continue
+                failed.append(job.id)
+            return tuple(failed)
+
+    def queues(self) -> tuple[Queue, ...]:
+        with self._transaction():
+            return tuple(queue for _, queue in sorted(self._queues.items()))
+
+    def queue_usage(self) -> Mapping[str, float]:
+        with self._transaction():
+            return {name: self._usage_s.get(name, 0.0) for name in self._queues}
+
+    def record_usage(self, lease: Lease, usage_s: Mapping[str, float]) -> None:
+        with self._transaction(lease):
+            self._usage_s.update({name: value for name, value in usage_s.items() if name in self._queues})
 
     def live_attempts(self) -> tuple[LiveAttempt, ...]:
         with self._transaction():
@@ -430,6 +538,16 @@ class FakeJobStore:
         row.move(JobStatus.STARTING, reason, f"Placed on {len(node_ids)} worker(s); starting.")
         row.add_event("attempt_created", f"Attempt {attempt.number} created.", world_size=len(node_ids))
         return attempt
+
+    def mark_preempting(self, lease: Lease, job_id: str, number: int, *, message: str) -> None:
+        with self._transaction(lease):
+            row = self._row(job_id)
+            self._check_current(row, number)
+            attempt = row.attempts[number - 1]
+            if attempt.status is AttemptStatus.ENDED or attempt.stop_reason is not None or _wish_of(row.job):
+                return
+            row.change_attempt(number, stop_reason=Reason.PREEMPTED)
+            row.add_event("stop_requested", message, Reason.PREEMPTED)
 
     def set_message(self, lease: Lease, job_id: str, message: str) -> None:
         with self._transaction(lease):
@@ -614,7 +732,7 @@ def _take(row: _Row, number: int, record: JournalRecord, damaged: _Row) -> None:
                 )
                 for name in sorted(names)
             )
-            row.change(step=max(step, row.job.step))
+            _reach(row, number, step)
         case CheckpointWritten(step=step):
             row.superseded_checkpoints |= {key for key in row.checkpoints if key[1] == step}
             row.superseded_checkpoints -= {(number, step)}
@@ -625,7 +743,7 @@ def _take(row: _Row, number: int, record: JournalRecord, damaged: _Row) -> None:
                 created_at=time,
                 **record.report.model_dump(exclude={"kind"}),
             )
-            row.change(step=max(step, row.job.step))
+            _reach(row, number, step)
             row.add_event("checkpoint", f"Checkpoint of step {step}.", time=time, step=step)
         case CheckpointQuarantined(step=step, message=message, attempt=attempt):
             counting = damaged.checkpoints.keys() - damaged.superseded_checkpoints
@@ -641,8 +759,13 @@ def _take(row: _Row, number: int, record: JournalRecord, damaged: _Row) -> None:
             _advance(row, number, AttemptStatus.ENDED)
             row.change_attempt(number, outcome=outcome, reason=reason, failure=failure, ended_at=time)
             row.said[number] = message
-            row.change(step=max(step, row.job.step))
+            _reach(row, number, step)
             row.add_event("ended", message, reason, time=time, outcome=outcome, step=step)
+
+
+def _reach(row: _Row, number: int, step: int) -> None:
+    row.change(step=max(step, row.job.step))
+    row.change_attempt(number, step=max(step, row.attempts[number - 1].step or 0))
 
 
 def _advance(row: _Row, number: int, status: AttemptStatus) -> None:
@@ -671,7 +794,10 @@ def _following(row: _Row, outcome: Outcome, reason: Reason, *, is_placed: bool) 
 
 def _move_on(row: _Row, following: NextStep, reason: Reason, failure: Failure | None) -> None:
     job = row.job
-    row.change(retries_used=job.retries_used + following.costs_retry)
+    row.change(
+        retries_used=job.retries_used + following.costs_retry,
+        preemptions_used=job.preemptions_used + (following.reason is Reason.PREEMPTED),
+    )
     message = row.said.get(job.attempt) or f"Attempt {job.attempt} ended: {reason}."
     if following.status is JobStatus.FAILED:
         row.change(failure=failure)

@@ -6,10 +6,12 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from service.domain.errors import InvalidTransition
+from service.domain.record import Record
 from service.domain.spec import JobSpec
+
+# Of a job whose submitter did not say whose it is.
+DEFAULT_OWNER = "default"
 
 
 class JobStatus(StrEnum):
@@ -62,6 +64,8 @@ class Reason(StrEnum):
     PAUSED = "paused"
     RESIZED = "resized"
     RESUMED = "resumed"
+    HELD = "held"
+    PREEMPTED = "preempted"
     FORKED = "forked"
     USER_ERROR = "user_error"
     RANK_LOST = "rank_lost"
@@ -70,6 +74,10 @@ class Reason(StrEnum):
     LAUNCH_FAILED = "launch_failed"
     COLLECTIVE_FAILED = "collective_failed"
     CHECKPOINT_FAILED = "checkpoint_failed"
+    OUT_OF_MEMORY = "out_of_memory"
+    REPEATED_FAILURE = "repeated_failure"
+    DEPENDENCY_FAILED = "dependency_failed"
+    START_DEADLINE = "start_deadline"
     SERVICE_STOPPED = "service_stopped"
     TIMEOUT = "timeout"
     RETRIES_EXHAUSTED = "retries_exhausted"
@@ -77,7 +85,7 @@ class Reason(StrEnum):
 
 TRANSITIONS: Mapping[JobStatus, frozenset[JobStatus]] = MappingProxyType(
     {
-        JobStatus.QUEUED: frozenset({JobStatus.STARTING, JobStatus.CANCELLED, JobStatus.PAUSED}),
+        JobStatus.QUEUED: frozenset({JobStatus.STARTING, JobStatus.CANCELLED, JobStatus.PAUSED, JobStatus.FAILED}),
         JobStatus.STARTING: frozenset(
             {JobStatus.RUNNING, JobStatus.QUEUED, JobStatus.STOPPING, JobStatus.SUCCEEDED, JobStatus.FAILED}
         ),
@@ -101,12 +109,6 @@ def check_transition(before: JobStatus, after: JobStatus) -> None:
     """
     if after not in TRANSITIONS[before]:
         raise InvalidTransition(f"A job that is {before} cannot become {after}.")
-
-
-class Record(BaseModel):
-    """Base of what the store returns and the API shows: immutable values."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Failure(Record):
@@ -146,7 +148,10 @@ class Job(Record):
         reason: why it has its status.
         message: the same in words.
         attempt: number of the current or last attempt; 0 before the first.
+        owner: whose it is.
         retries_used: attempts that were lost and counted against ``spec.retry.budget``, since it was last resumed.
+        preemptions_used: likewise attempts that were stopped for another job, against ``spec.retry.preemptions``.
+        not_before: a retry waits until then, by the database's clock; None: it does not.
         step: optimizer steps done, along the line of attempts that counts.
         num_steps: steps of the whole job, where known.
         cancel_requested: a cancel was asked for and not yet carried out.
@@ -160,12 +165,15 @@ class Job(Record):
     """
 
     id: str
+    owner: str = DEFAULT_OWNER
     spec: JobSpec
     status: JobStatus
     reason: Reason
     message: str
     attempt: int
     retries_used: int
+    preemptions_used: int = 0
+    not_before: datetime | None = None
     step: int
     num_steps: int | None
     cancel_requested: bool
@@ -190,6 +198,7 @@ class Attempt(Record):
         node_ids: the node of each rank, in the order of ranks.
         last_sequence: the last journal record taken into the store; 0 before the first.
         resumed_from_step: step of the checkpoint it started from; 0 from the beginning; None before it said so.
+        step: the last step that it reported; None before the first report.
         stop_reason: why it was asked to stop, if it was.
         target_node_ids: where the next attempt goes, if this one was asked to stop to be resized; held for it.
     """
@@ -201,6 +210,7 @@ class Attempt(Record):
     node_ids: tuple[str, ...]
     last_sequence: int
     resumed_from_step: int | None
+    step: int | None = None
     stop_reason: Reason | None
     target_node_ids: tuple[str, ...] | None = None
     outcome: Outcome | None

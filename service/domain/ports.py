@@ -1,12 +1,13 @@
 """What the parts need of each other. One contract suite per port runs on every implementation, fakes included."""
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Protocol
 
 from service.domain.job import (
+    DEFAULT_OWNER,
     Attempt,
     Checkpoint,
     Event,
@@ -20,6 +21,7 @@ from service.domain.job import (
 )
 from service.domain.journal import JournalRecord
 from service.domain.placement import Node
+from service.domain.queue import Queue, QueueState
 from service.domain.spec import JobSpec
 from service.domain.uploads import NODE_CACHE_BYTES, PREPARE_TIMEOUT_S
 
@@ -79,13 +81,21 @@ class JobStore(Protocol):
     Methods that take a key have their effect once for it: a repetition returns the job as it is by now.
     """
 
-    def submit(self, spec: JobSpec, *, key: IdempotencyKey | None = None) -> tuple[Job, bool]:
-        """Store a job as queued; it survives any crash once this returns.
+    def submit(
+        self, spec: JobSpec, *, owner: str = DEFAULT_OWNER, key: IdempotencyKey | None = None
+    ) -> tuple[Job, bool]:
+        """Store a job as queued, or as paused where it is to be held; it survives any crash once this returns.
+
+        Args:
+            spec: the job.
+            owner: whose it is.
+            key: names the request.
 
         Returns:
             The job, and whether this call created it (False: the key was used before with the same body).
 
         Raises:
+            InvalidSpec: it names a queue that there is not, or comes after a job that there is not or that has failed.
             IdempotencyConflict: the key was used with another body.
         """
         ...
@@ -166,14 +176,17 @@ class JobStore(Protocol):
         """
         ...
 
-    def fork(self, spec: JobSpec, origin: Origin, *, key: IdempotencyKey | None = None) -> tuple[Job, bool]:
-        """Store a job as queued that begins at a checkpoint of another one, which is kept for as long as it needs it.
+    def fork(
+        self, spec: JobSpec, origin: Origin, *, owner: str = DEFAULT_OWNER, key: IdempotencyKey | None = None
+    ) -> tuple[Job, bool]:
+        """Store a job as ``submit`` does that begins at a checkpoint of another, which is kept while it is needed.
 
         Returns:
             The job, and whether this call created it.
 
         Raises:
             NotFound: that job, or that checkpoint of it, is not there any more.
+            InvalidSpec: as ``submit`` raises it.
             IdempotencyConflict: the key was used with another body.
         """
         ...
@@ -202,6 +215,27 @@ class JobStore(Protocol):
         """Return the nodes as the scheduler last saw them."""
         ...
 
+    def queue_states(self) -> tuple[QueueState, ...]:
+        """Return every queue and what is in it, by name."""
+        ...
+
+    def put_queue(self, queue: Queue) -> bool:
+        """Make a queue, or give it these settings.
+
+        Returns:
+            Whether there was none of this name.
+        """
+        ...
+
+    def remove_queue(self, name: str) -> None:
+        """Remove a queue.
+
+        Raises:
+            NotFound: there is none of this name.
+            InvalidTransition: jobs of it have not ended, or it is the default queue.
+        """
+        ...
+
     def ping(self) -> None:
         """Read something, to prove that the database answers."""
         ...
@@ -228,6 +262,19 @@ class LiveAttempt:
     attempt: Attempt
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldBack:
+    """Why a queued job may not start yet, whatever room there is.
+
+    Attributes:
+        waits_for: ids of the jobs that have to succeed first and have not ended.
+        retry_in_s: the pause before its next retry ends then; 0 where there is none.
+    """
+
+    waits_for: tuple[str, ...] = ()
+    retry_in_s: float = 0.0
+
+
 class SchedulerStore(Protocol):
     """What the scheduler needs of the store. Writes raise ``LeaseLost`` if the lease is not current."""
 
@@ -247,6 +294,30 @@ class SchedulerStore(Protocol):
         """Return queued jobs: highest priority first, then first come."""
         ...
 
+    def held_back(self) -> Mapping[str, HeldBack]:
+        """Return the queued jobs that may not start yet, by id."""
+        ...
+
+    def fail_hopeless(self, lease: Lease) -> tuple[str, ...]:
+        """Fail queued jobs that will never start: one that they come after has failed, or their deadline has passed.
+
+        Returns:
+            The ids of those that failed now.
+        """
+        ...
+
+    def queues(self) -> tuple[Queue, ...]:
+        """Return every queue, by name."""
+        ...
+
+    def queue_usage(self) -> Mapping[str, float]:
+        """Return what ``record_usage`` was last told, by name of the queue; 0 before."""
+        ...
+
+    def record_usage(self, lease: Lease, usage_s: Mapping[str, float]) -> None:
+        """Keep the usage of queues; nothing for a name that there is not."""
+        ...
+
     def live_attempts(self) -> tuple[LiveAttempt, ...]:
         """Return attempts that are not sealed, with their jobs; they hold resources."""
         ...
@@ -259,6 +330,13 @@ class SchedulerStore(Protocol):
         """Note that a running attempt was asked to stop, so that the next one goes on on other nodes.
 
         The job stays running. Nothing happens if it does not run, or was asked to stop, pause or cancel.
+        """
+        ...
+
+    def mark_preempting(self, lease: Lease, job_id: str, number: int, *, message: str) -> None:
+        """Note that an attempt was asked to stop for a job of higher priority; its job is queued again then.
+
+        Until then the job keeps its status. Nothing happens if it was asked to stop, pause or cancel.
         """
         ...
 

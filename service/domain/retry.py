@@ -54,7 +54,7 @@ def after_attempt(
         return NextStep(status=JobStatus.FAILED, reason=reason)
     if reason is Reason.RESIZED and is_placed and status is JobStatus.RUNNING:
         return NextStep(status=JobStatus.STARTING, reason=reason)
-    if reason in (Reason.SERVICE_STOPPED, Reason.RESIZED):
+    if reason in (Reason.SERVICE_STOPPED, Reason.RESIZED, Reason.PREEMPTED):
         return NextStep(status=JobStatus.QUEUED, reason=reason)
     if retries_used >= retry_budget:
         return NextStep(status=JobStatus.FAILED, reason=Reason.RETRIES_EXHAUSTED)

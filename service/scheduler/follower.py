@@ -128,7 +128,7 @@ class AttemptFollower:
     def _ask_to_stop(self, lease: Lease, live: LiveAttempt) -> None:
         job_id, number = live.job.id, live.attempt.number
         reason = live.attempt.stop_reason
-        if reason in (None, Reason.RESIZED):
+        if reason in (None, Reason.RESIZED, Reason.PREEMPTED):
             stronger = _why_stop(live)
             if stronger is not None:
                 self._store.mark_stopping(lease, job_id, number, stronger)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from service.domain.errors import LeaseLost, Unavailable
 from service.domain.job import AttemptStatus, Reason
 from service.domain.placement import Node
-from service.domain.ports import Cluster, Lease, RunFiles, SchedulerStore
+from service.domain.ports import Cluster, HeldBack, Lease, RunFiles, SchedulerStore
 from service.scheduler.admission import admit
 from service.scheduler.elasticity import decide_resizes
 from service.scheduler.follower import AttemptFollower
@@ -194,7 +194,11 @@ class Scheduler:
         return len(live)
 
     def _admit(self, lease: Lease) -> int:
-        queued = self._store.queued_jobs()
+        self._store.fail_hopeless(lease)
+        held_back = self._store.held_back()
+        queued = [job for job in self._store.queued_jobs() if job.id not in held_back]
+        for job_id, why in held_back.items():
+            self._store.set_message(lease, job_id, _why_held_back(why))
         if not queued:
             return 0
         starts, waits = admit(queued, self._store.live_attempts(), self._nodes)
@@ -228,3 +232,10 @@ class Scheduler:
                 node_ids=resize.node_ids,
                 message=resize.message,
             )
+
+
+def _why_held_back(why: HeldBack) -> str:
+    if why.waits_for:
+        shown = ", ".join(why.waits_for[:3]) + (", …" if len(why.waits_for) > 3 else "")
+        return f"Waits for the success of {len(why.waits_for)} job(s): {shown}."
+    return "Waits before it is tried again."

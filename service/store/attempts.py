@@ -129,6 +129,17 @@ def mark_resizing(
     locked.add_event("stop_requested", message, time=time, reason=Reason.RESIZED, data={"world_size": len(node_ids)})
 
 
+def mark_preempting(
+    connection: Connection, locked: LockedJob, attempt: Attempt, *, message: str, time: datetime
+) -> None:
+    """Note that an attempt was asked to stop for another job; nothing if something else was asked."""
+    job = locked.job
+    if attempt.status is AttemptStatus.ENDED or attempt.stop_reason is not None or wish_of(job) is not None:
+        return
+    update_attempt(connection, locked, attempt.number, stop_reason=Reason.PREEMPTED)
+    locked.add_event("stop_requested", message, time=time, reason=Reason.PREEMPTED)
+
+
 def seal_attempt(
     connection: Connection,
     locked: LockedJob,
@@ -221,6 +232,8 @@ def _move_on(
     job = locked.job
     if following.costs_retry:
         locked.change(retries_used=job.retries_used + 1)
+    if following.reason is Reason.PREEMPTED:
+        locked.change(preemptions_used=job.preemptions_used + 1)
     if following.status is JobStatus.FAILED:
         locked.change(failure=failure)
         message = _describe(failure) if failure else said or f"Attempt {job.attempt} ended: {_words(reason)}."
@@ -257,6 +270,7 @@ def attempt_of(job_id: str, row: Row[Any]) -> Attempt:
         node_ids=row.node_ids,
         last_sequence=row.last_sequence,
         resumed_from_step=row.resumed_from_step,
+        step=row.step,
         stop_reason=None if row.stop_reason is None else Reason(row.stop_reason),
         target_node_ids=row.target_node_ids,
         outcome=None if row.outcome is None else Outcome(row.outcome),

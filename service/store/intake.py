@@ -68,6 +68,7 @@ class _Intake:
         self._number = attempt.number
         self._status = attempt.status
         self._running_at = attempt.running_at
+        self._step = attempt.step or 0
         self._changes: dict[str, Any] = {}
         self._points: list[dict[str, Any]] = []
 
@@ -198,6 +199,7 @@ class _Intake:
         self._status = max(self._status, status, key=order.index)
 
     def _reach(self, step: int) -> None:
+        self._step = self._changes["step"] = max(step, self._step)
         if step > self._locked.job.step:
             self._locked.change(step=step)
 

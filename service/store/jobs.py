@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,9 @@ from service.store import feed
 from service.store.cursor import decode_cursor, encode_cursor
 from service.store.tables import job_labels, jobs
 
-_QUEUED = jobs.c.status == sa.literal_column("'queued'")  # written out, as the partial index of the queue has it
+QUEUED = jobs.c.status == sa.literal_column("'queued'")
+"""Written out, as the partial index of the queue has it."""
+
 _STORED_AS_IS = frozenset(Job.model_fields) - {"id", "spec", "failure", "forked_from"}
 
 
@@ -38,11 +40,16 @@ class LockedJob:
         self._position: int = row.position
         self._changes: dict[str, Any] = {}
         self._events: list[dict[str, Any]] = []
+        self._columns: dict[str, Any] = {}
 
     def change(self, **values: object) -> None:
         """Give fields of the job new values."""
         self.job = self.job.model_copy(update=values)
         self._changes.update(values)
+
+    def start_by(self, time: datetime | None) -> None:
+        """Give the job a new deadline for its start; None: it has none any more."""
+        self._columns["start_by"] = time
 
     def next_position(self) -> int:
         """Return the next place in the job's feed."""
@@ -83,18 +90,20 @@ class LockedJob:
         self.change(status=status, reason=reason, message=message)
         if status.is_terminal:
             self.change(ended_at=time)
+        if status is not JobStatus.QUEUED and self.job.not_before is not None:
+            self.change(not_before=None)
         if status.is_terminal or status is JobStatus.PAUSED:
             self.change(cancel_requested=False, pause_requested=False, resize_requested=False)
 
     def write(self) -> None:
         """Write what changed, if anything did."""
-        if self._position == self._first_position and not self._changes:
+        if self._position == self._first_position and not self._changes and not self._columns:
             return
         feed.insert_events(self._connection, self._events)
         values = {name: value for name, value in self._changes.items() if name in _STORED_AS_IS}
         if "failure" in self._changes:
             values["failure"] = failure_row(self.job.failure)
-        values["position"] = self._position
+        values |= self._columns | {"position": self._position}
         self._connection.execute(sa.update(jobs).where(jobs.c.number == self.number), values)
 
 
@@ -111,12 +120,32 @@ def locked_job(connection: Connection, job_id: str) -> Iterator[LockedJob]:
 
 
 def insert_job(
-    connection: Connection, job_id: str, spec: JobSpec, time: datetime, *, origin: Origin | None = None
-) -> Job:
-    """Store a new job as queued, with its first event; it begins at a checkpoint of another where one is given."""
-    reason, message = Reason.SUBMITTED, "Waits to be placed."
+    connection: Connection,
+    job_id: str,
+    spec: JobSpec,
+    time: datetime,
+    *,
+    owner: str,
+    origin: Origin | None = None,
+) -> int:
+    """Store a new job with its first event: as queued, or as paused where it is to be held.
+
+    Args:
+        connection: in a transaction for writing.
+        job_id: its name.
+        spec: the job.
+        time: now.
+        owner: whose it is.
+        origin: the checkpoint of another job that it begins at, if it does.
+
+    Returns:
+        The number of its row.
+    """
+    status, reason, message = JobStatus.QUEUED, Reason.SUBMITTED, "Waits to be placed."
     if origin is not None:
         reason, message = Reason.FORKED, f"Forked from step {origin.step} of job {origin.job_id}. {message}"
+    if spec.hold:
+        status, reason, message = JobStatus.PAUSED, Reason.HELD, "Held, as was asked for. Resume it to have it placed."
     number = connection.execute(
         sa.insert(jobs).returning(jobs.c.number),
         {
@@ -124,7 +153,7 @@ def insert_job(
             "name": spec.name,
             "priority": spec.priority,
             "spec": spec.model_dump_json(),
-            "status": JobStatus.QUEUED,
+            "status": status,
             "reason": reason,
             "message": message,
             "attempt": 0,
@@ -138,6 +167,10 @@ def insert_job(
             "origin_job_id": None if origin is None else origin.job_id,
             "origin_attempt": None if origin is None else origin.attempt,
             "origin_step": None if origin is None else origin.step,
+            "owner": owner,
+            "queue": spec.queue,
+            "preemptions_used": 0,
+            "start_by": None if spec.start_deadline_s is None else time + timedelta(seconds=spec.start_deadline_s),
         },
     ).scalar_one()
     if spec.labels:
@@ -153,10 +186,10 @@ def insert_job(
         "attempt": 0,
         "reason": reason,
         "message": message,
-        "data": {"from": None, "to": JobStatus.QUEUED},
+        "data": {"from": None, "to": status},
     }
     feed.insert_events(connection, [first])
-    return get_job(connection, job_id)
+    return int(number)
 
 
 def get_job(connection: Connection, job_id: str) -> Job:
@@ -230,14 +263,14 @@ def list_page(
 
 def list_queue(connection: Connection, limit: int) -> tuple[Job, ...]:
     """Return queued jobs: highest priority first, then first come."""
-    query = sa.select(jobs).where(_QUEUED).order_by(jobs.c.priority.desc(), jobs.c.number).limit(limit)
+    query = sa.select(jobs).where(QUEUED).order_by(jobs.c.priority.desc(), jobs.c.number).limit(limit)
     return tuple(job_of(row) for row in connection.execute(query))
 
 
 def set_message(connection: Connection, job_id: str, message: str) -> None:
     """Say why a queued job waits; nothing if it is not queued or says so already."""
     connection.execute(
-        sa.update(jobs).where(jobs.c.id == job_id, _QUEUED, jobs.c.message != message).values(message=message)
+        sa.update(jobs).where(jobs.c.id == job_id, QUEUED, jobs.c.message != message).values(message=message)
     )
 
 
@@ -247,12 +280,15 @@ def job_of(row: Row[Any]) -> Job:
     return Job.model_validate(
         {
             "id": row.id,
+            "owner": row.owner,
             "spec": _spec_of(row.spec),
             "status": JobStatus(row.status),
             "reason": Reason(row.reason),
             "message": row.message,
             "attempt": row.attempt,
             "retries_used": row.retries_used,
+            "preemptions_used": row.preemptions_used,
+            "not_before": row.not_before,
             "step": row.step,
             "num_steps": row.num_steps,
             "cancel_requested": row.cancel_requested,

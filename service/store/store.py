@@ -1,14 +1,15 @@
 """The job database behind the domain's ports: each method is one transaction."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 
 from sqlalchemy.engine import Connection
 from typing_extensions import override
 
-from service.domain.errors import NotFound
+from service.domain.errors import FieldProblem, InvalidSpec, NotFound
 from service.domain.job import (
+    DEFAULT_OWNER,
     Attempt,
     Checkpoint,
     Event,
@@ -25,6 +26,7 @@ from service.domain.placement import Node
 from service.domain.ports import (
     ClusterSnapshot,
     Feed,
+    HeldBack,
     IdempotencyKey,
     JobPage,
     JobStore,
@@ -32,18 +34,21 @@ from service.domain.ports import (
     LiveAttempt,
     SchedulerStore,
 )
+from service.domain.queue import Queue, QueueState
 from service.domain.spec import JobSpec
 from service.domain.uploads import NewUpload, Upload, UploadKind, UploadStore
 from service.store import (
     attempts,
     checkpoints,
     cluster,
+    dependencies,
     feed,
     idempotency,
     intake,
     jobs,
     leases,
     metrics,
+    queues,
     uploads,
     wishes,
 )
@@ -72,7 +77,9 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
     # For the API
 
     @override
-    def submit(self, spec: JobSpec, *, key: IdempotencyKey | None = None) -> tuple[Job, bool]:
+    def submit(
+        self, spec: JobSpec, *, owner: str = DEFAULT_OWNER, key: IdempotencyKey | None = None
+    ) -> tuple[Job, bool]:
         job_id = new_job_id()
         with self._database.writing() as connection:
             now = read_clock(connection)
@@ -80,7 +87,7 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
                 earlier_id = idempotency.claim_key(connection, key, job_id, now)
                 if earlier_id is not None:
                     return jobs.get_job(connection, earlier_id), False
-            return jobs.insert_job(connection, job_id, spec, now), True
+            return _add_job(connection, job_id, spec, now, owner=owner), True
 
     @override
     def get(self, job_id: str) -> Job:
@@ -126,7 +133,9 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
         return self._wish(job_id, key, resize)
 
     @override
-    def fork(self, spec: JobSpec, origin: Origin, *, key: IdempotencyKey | None = None) -> tuple[Job, bool]:
+    def fork(
+        self, spec: JobSpec, origin: Origin, *, owner: str = DEFAULT_OWNER, key: IdempotencyKey | None = None
+    ) -> tuple[Job, bool]:
         job_id = new_job_id()
         # The parent's lock: its checkpoint is not retired in between.
         with self._database.writing() as connection, jobs.locked_job(connection, origin.job_id) as parent:
@@ -139,7 +148,7 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
             if (origin.attempt, origin.step) not in {(one.attempt, one.step) for one in listed}:
                 raise NotFound(f"The checkpoint of step {origin.step} of job {origin.job_id} was removed meanwhile.")
             parent.add_event("forked", f"Forked at step {origin.step}.", time=now, data={"job_id": job_id})
-            return jobs.insert_job(connection, job_id, spec, now, origin=origin), True
+            return _add_job(connection, job_id, spec, now, owner=owner, origin=origin), True
 
     @override
     def attempts(self, job_id: str) -> tuple[Attempt, ...]:
@@ -171,6 +180,21 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
     def cluster(self) -> ClusterSnapshot:
         with self._database.reading() as connection:
             return cluster.read_snapshot(connection)
+
+    @override
+    def queue_states(self) -> tuple[QueueState, ...]:
+        with self._database.reading() as connection:
+            return queues.list_states(connection)
+
+    @override
+    def put_queue(self, queue: Queue) -> bool:
+        with self._database.writing() as connection:
+            return queues.put(connection, queue)
+
+    @override
+    def remove_queue(self, name: str) -> None:
+        with self._database.writing() as connection:
+            queues.remove(connection, name)
 
     @override
     def add_upload(self, new: NewUpload) -> tuple[Upload, bool]:
@@ -214,6 +238,31 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
             return jobs.list_queue(connection, limit)
 
     @override
+    def held_back(self) -> Mapping[str, HeldBack]:
+        with self._database.reading() as connection:
+            return dependencies.list_held_back(connection, read_clock(connection))
+
+    @override
+    def fail_hopeless(self, lease: Lease) -> tuple[str, ...]:
+        with self._leading(lease) as connection:
+            return dependencies.fail_hopeless(connection, read_clock(connection))
+
+    @override
+    def queues(self) -> tuple[Queue, ...]:
+        with self._database.reading() as connection:
+            return queues.list_queues(connection)
+
+    @override
+    def queue_usage(self) -> Mapping[str, float]:
+        with self._database.reading() as connection:
+            return queues.read_usage(connection)
+
+    @override
+    def record_usage(self, lease: Lease, usage_s: Mapping[str, float]) -> None:
+        with self._leading(lease) as connection:
+            queues.write_usage(connection, usage_s)
+
+    @override
     def live_attempts(self) -> tuple[LiveAttempt, ...]:
         with self._database.reading() as connection:
             return attempts.list_live(connection)
@@ -229,6 +278,12 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
             attempt = attempts.current_attempt(connection, locked, number)
             now = read_clock(connection)
             attempts.mark_resizing(connection, locked, attempt, node_ids=node_ids, message=message, time=now)
+
+    @override
+    def mark_preempting(self, lease: Lease, job_id: str, number: int, *, message: str) -> None:
+        with self._leading(lease) as connection, jobs.locked_job(connection, job_id) as locked:
+            attempt = attempts.current_attempt(connection, locked, number)
+            attempts.mark_preempting(connection, locked, attempt, message=message, time=read_clock(connection))
 
     @override
     def set_message(self, lease: Lease, job_id: str, message: str) -> None:
@@ -317,3 +372,17 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
         with self._database.writing() as connection:
             leases.verify(connection, lease)
             yield connection
+
+
+def _add_job(
+    connection: Connection, job_id: str, spec: JobSpec, now: datetime, *, owner: str, origin: Origin | None = None
+) -> Job:
+    if not queues.exists(connection, spec.queue):
+        problem = FieldProblem(
+            field="queue", message=f"there is no queue {spec.queue!r}. List queues, or make it first."
+        )
+        raise InvalidSpec("The job cannot be queued.", (problem,))
+    after = dependencies.find_numbers(connection, spec.after) if spec.after else []
+    number = jobs.insert_job(connection, job_id, spec, now, owner=owner, origin=origin)
+    dependencies.add(connection, number, after)
+    return jobs.get_job(connection, job_id)

@@ -52,12 +52,42 @@ jobs = sa.Table(
     sa.Column("origin_step", sa.BigInteger),
     sa.Column("exact", sa.Boolean),
     sa.Column("exactness", PlainText),
+    sa.Column("owner", PlainText, nullable=False, server_default="default"),
+    sa.Column("queue", sa.String(63), nullable=False, server_default="default"),
+    sa.Column("preemptions_used", sa.Integer, nullable=False, server_default="0"),
+    # A retry waits until then.
+    sa.Column("not_before", UtcDateTime),
+    # A job that has not started by then fails.
+    sa.Column("start_by", UtcDateTime),
     sqlite_autoincrement=True,
 )
 sa.Index("ix_jobs_status", jobs.c.status, jobs.c.number)
 sa.Index("ix_jobs_name", jobs.c.name, jobs.c.number)
 _partial_index("ix_jobs_origin", jobs.c.origin_job_id, where="origin_job_id IS NOT NULL")
 _partial_index("ix_jobs_queue", jobs.c.status, jobs.c.priority.desc(), jobs.c.number, where="status = 'queued'")
+
+sa.Index("ix_jobs_queue_name", jobs.c.queue, jobs.c.status)
+_partial_index("ix_jobs_start_by", jobs.c.start_by, where="start_by IS NOT NULL")
+
+job_dependencies = sa.Table(
+    "job_dependencies",
+    metadata,
+    sa.Column("job_number", BigInteger, sa.ForeignKey("jobs.number"), primary_key=True),
+    # That has to succeed first.
+    sa.Column("after_number", BigInteger, sa.ForeignKey("jobs.number"), primary_key=True),
+)
+
+queues = sa.Table(
+    "queues",
+    metadata,
+    sa.Column("name", sa.String(63), primary_key=True),
+    sa.Column("weight", sa.Double, nullable=False),
+    sa.Column("quota", Json, nullable=False),
+    sa.Column("quota_per_owner", Json, nullable=False),
+    sa.Column("paused", sa.Boolean, nullable=False),
+    # Decayed, in seconds of the whole cluster; the scheduler's.
+    sa.Column("usage_s", sa.Double, nullable=False, server_default="0"),
+)
 
 job_labels = sa.Table(
     "job_labels",
@@ -90,6 +120,8 @@ attempts = sa.Table(
     sa.Column("ended_at", UtcDateTime),
     # Where the next attempt goes, if this one was asked to stop to be resized.
     sa.Column("target_node_ids", Json),
+    # The last one that it reported.
+    sa.Column("step", sa.BigInteger),
 )
 _partial_index("ix_attempts_live", attempts.c.job_number, attempts.c.number, where="status != 'sealed'")
 

@@ -1,6 +1,6 @@
 """What the owner of a job asks for: to cancel, pause, resume or resize it."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from service.domain.errors import InvalidTransition
 from service.domain.job import Job, JobStatus, Reason
@@ -61,7 +61,9 @@ def resume(locked: LockedJob, time: datetime) -> None:
         raise InvalidTransition(f"Job {job.id} is {job.status}; there is nothing to resume.{wait}")
     if job.reason is Reason.TIMEOUT:
         locked.change(running_s=0.0)  # or its time would be up again at once
-    locked.change(retries_used=0, failure=None, ended_at=None)
+    locked.change(retries_used=0, preemptions_used=0, failure=None, ended_at=None)
+    if job.spec.start_deadline_s is not None and job.started_at is None:
+        locked.start_by(time + timedelta(seconds=job.spec.start_deadline_s))
     locked.move(JobStatus.QUEUED, Reason.RESUMED, "Resumed. Waits to be placed.", time=time)
 
 

@@ -48,7 +48,12 @@ def empty(engine: sa.Engine) -> None:
     """Take every row out of a migrated database, as if it were new."""
     with engine.begin() as connection:
         for table in reversed(metadata.sorted_tables):
-            if table.name not in ("leases", "cluster"):
+            if table.name not in ("leases", "cluster", "queues"):
                 connection.execute(sa.delete(table))
+        queues = metadata.tables["queues"]
+        connection.execute(sa.delete(queues).where(queues.c.name != "default"))
+        connection.execute(
+            sa.update(queues).values(weight=1.0, quota={}, quota_per_owner={}, paused=False, usage_s=0.0)
+        )
         connection.execute(sa.update(metadata.tables["leases"]).values(holder=None, epoch=0, expires_at=0.0))
         connection.execute(sa.update(metadata.tables["cluster"]).values(nodes=[], observed_at=None))

@@ -75,6 +75,12 @@ class EvaluationSpec(SpecModel):
 
 
 class RetrySpec(SpecModel):
-    """How often the job is run again after it lost a worker, a node or its supervisor."""
+    """How often the job is run again after it was interrupted, and how soon."""
 
-    budget: Annotated[int, Field(ge=0, le=1000)] = 3
+    budget: Annotated[int, Field(ge=0, le=1000, description="after a worker, a node or its supervisor was lost")] = 3
+    backoff_s: Annotated[
+        float, Field(ge=0, le=3600, description="pause before the second retry; doubles with each further one")
+    ] = 5.0
+    preemptions: Annotated[
+        int, Field(ge=0, le=1000, description="how often it may be stopped for a job of higher priority")
+    ] = 10

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from service.domain import catalog
 from service.domain.batch_plan import MAX_WORLD_SIZE, BatchPlan, MemoryHint, NoPlan, has_plan, plan_batch
 from service.domain.placement import Resources
+from service.domain.queue import DEFAULT_QUEUE, QUEUE_NAME_PATTERN
 from service.domain.spec.base import STORED, SpecModel, problem
 from service.domain.spec.batch import BatchSpec, Workers
 from service.domain.spec.checkpoint import CheckpointSpec
@@ -109,7 +110,23 @@ class JobSpec(SpecModel):
     ] = ()
     retry: RetrySpec = Field(default_factory=RetrySpec)
     timeout_s: Annotated[float | None, Field(gt=0, le=10**8, description="of running time, over all attempts")] = None
-    priority: Annotated[int, Field(ge=-1000, le=1000, description="higher starts first")] = 0
+    priority: Annotated[int, Field(ge=-1000, le=1000, description="higher starts first, within its queue")] = 0
+    queue: Annotated[str, Field(pattern=QUEUE_NAME_PATTERN, description="that it waits in")] = DEFAULT_QUEUE
+    placement: Annotated[
+        Literal["pack", "spread"], Field(description="workers on as few nodes as possible, or on as many")
+    ] = "pack"
+    after: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], ...],
+        Field(max_length=100, description="ids of jobs that have to succeed first"),
+    ] = ()
+    hold: Annotated[bool, Field(description="do not start it before it is resumed")] = False
+    start_deadline_s: Annotated[
+        float | None, Field(gt=0, le=10**8, description="fail if it has not started so long after it was submitted")
+    ] = None
+    expected_s: Annotated[
+        float | None,
+        Field(gt=0, le=10**8, description="how long it will run, so that it may go first where it delays nobody"),
+    ] = None
 
     @classmethod
     def from_stored(cls, text: str) -> Self:
@@ -155,6 +172,8 @@ class JobSpec(SpecModel):
             )
         if len(set(self.export)) < len(self.export):
             raise problem("export", "names a format twice. Name each once.")
+        if len(set(self.after)) < len(self.after):
+            raise problem("after", "names a job twice. Name each once.")
         unsuited = catalog.unsuited_to_task(self.model.factory, getattr(self.task, "name", "custom"))
         if unsuited is not None and self.train_function is None:
             raise problem("model.factory", unsuited)

@@ -103,9 +103,15 @@ FULL = {
     },
     "evaluation": {"every_steps": 9, "batch_size": 11},
     "export": ["state_dict", "pt2", "onnx"],
-    "retry": {"budget": 0},
+    "retry": {"budget": 0, "backoff_s": 0.0, "preemptions": 1000},
     "timeout_s": 3600.5,
     "priority": -1000,
+    "queue": "research_2-a",
+    "placement": "spread",
+    "after": ["job-1", "job-2"],
+    "hold": True,
+    "start_deadline_s": 60.0,
+    "expected_s": 0.5,
 }
 
 

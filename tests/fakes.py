@@ -243,6 +243,8 @@ class FakeJobStore:
         *,
         statuses: Sequence[JobStatus] = (),
         name: str | None = None,
+        queue: str | None = None,
+        owner: str | None = None,
         labels: Sequence[tuple[str, str]] = (),
         limit: int = 50,
         cursor: str | None = None,
@@ -255,6 +257,8 @@ class FakeJobStore:
                 if row.number < before
                 and (not statuses or row.job.status in statuses)
                 and name in (None, row.job.spec.name)
+                and queue in (None, row.job.spec.queue)
+                and owner in (None, row.job.owner)
                 and all(row.job.spec.labels.get(key) == value for key, value in labels)
             ]
             shown = found[:limit]

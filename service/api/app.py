@@ -21,6 +21,7 @@ from service.api.routes import (
     lifecycle,
     logs,
     plan,
+    queues,
     stream,
 )
 from service.api.streaming import Shutdown, StreamSettings
@@ -94,7 +95,7 @@ def create_app(
     )
     install_problem_handlers(app)
     v1 = APIRouter(prefix="/v1")
-    for resource in (jobs, plan, lifecycle, history, logs, checkpoints, stream, bundles, datasets, cluster):
+    for resource in (jobs, plan, lifecycle, history, logs, checkpoints, stream, bundles, datasets, queues, cluster):
         v1.include_router(resource.router)
     app.include_router(v1)
     app.include_router(health.router)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.domain.batch_plan import MAX_WORLD_SIZE
 from service.domain.job import Attempt, Checkpoint, Event, Job, JobStatus
 from service.domain.placement import Node, Resources
+from service.domain.queue import QueueState, Quota
 from service.domain.spec import JobSpec
 from service.domain.uploads import Upload
 
@@ -27,6 +28,8 @@ class JobQuery(Query):
 
     status: Annotated[list[JobStatus], Field(max_length=16, description="any of these; repeatable")] = []
     name: Annotated[str | None, Field(max_length=120, pattern=PRINTABLE)] = None
+    queue: Annotated[str | None, Field(max_length=63, pattern=PRINTABLE)] = None
+    owner: Annotated[str | None, Field(max_length=64, pattern=PRINTABLE)] = None
     label: Annotated[
         list[Annotated[str, Field(max_length=264, pattern=r"^[^=\x00-\x1f\x7f]+=[^\x00-\x1f\x7f]*$")]],
         Field(max_length=32, description="key=value, all of these; repeatable"),
@@ -104,6 +107,40 @@ class ForkBody(BaseModel):
         dict[Annotated[str, Field(max_length=200, pattern=r"^[^.]+(\.[^.]+){0,9}$|^labels\..+$")], Any],
         Field(max_length=100, description="fields of the job by name, nested or dotted, and their new values"),
     ] = {}
+
+
+class QueueSettings(BaseModel):
+    """How a queue is to be; what is left out is as in a new one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    weight: Annotated[
+        float, Field(gt=0, le=10**6, description="its share, in relation to the other queues that have jobs")
+    ] = 1.0
+    quota: Annotated[Quota, Field(description="the most that its jobs may hold together")] = Quota()
+    quota_per_owner: Annotated[Quota, Field(description="likewise those of one owner")] = Quota()
+    paused: Annotated[bool, Field(description="start nothing from it; what runs goes on")] = False
+
+
+class QueueShown(QueueSettings):
+    """A queue and what is in it."""
+
+    name: str
+    usage_s: Annotated[float, Field(description="decayed time for which its jobs held the whole cluster, in seconds")]
+    num_queued: Annotated[int, Field(description="jobs that wait")]
+    num_live: Annotated[int, Field(description="jobs that hold resources")]
+
+    @classmethod
+    def of(cls, state: QueueState) -> "QueueShown":
+        """Show a queue."""
+        counted = {"usage_s": state.usage_s, "num_queued": state.num_queued, "num_live": state.num_live}
+        return cls.model_validate(state.queue.model_dump() | counted)
+
+
+class QueueList(BaseModel):
+    """The queues, by name."""
+
+    queues: list[QueueShown]
 
 
 class JobList(BaseModel):

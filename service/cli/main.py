@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from service.cli import lifecycle, uploads
+from service.cli import lifecycle, queues, uploads
 from service.cli.arguments import ChangesOption, FormatOption, JobArgument, TimeoutOption
 from service.cli.commands import Commands
 from service.cli.exit_codes import ExitCode
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(lifecycle.app)
 app.add_typer(uploads.app)
+app.add_typer(queues.app, name="queue")
 
 
 @app.callback()
@@ -109,6 +110,8 @@ def ls(
     context: typer.Context,
     status: Annotated[list[str] | None, typer.Option(help="Only jobs of this status. Repeatable.")] = None,
     name: Annotated[str | None, typer.Option(help="Only jobs of this name.")] = None,
+    queue: Annotated[str | None, typer.Option(help="Only jobs of this queue.")] = None,
+    owner: Annotated[str | None, typer.Option(help="Only jobs of this owner.")] = None,
     label: Annotated[list[str] | None, typer.Option(help="Only jobs with this label: key=value. Repeatable.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=500, help="Most jobs to print.")] = 50,
     cursor: Annotated[str | None, typer.Option(help="Print the page that begins here.")] = None,
@@ -127,6 +130,8 @@ def ls(
         page = client.list_jobs(
             statuses=[JobStatus(value) for value in status or []],
             name=name,
+            queue=queue,
+            owner=owner,
             labels=[(pair.partition("=")[0], pair.partition("=")[2]) for pair in label or []],
             limit=limit,
             cursor=cursor,
@@ -135,9 +140,18 @@ def ls(
         show_json({"jobs": [job.model_dump(mode="json") for job in page.jobs], "next_cursor": page.next_cursor})
         return
     show_table(
-        ("ID", "NAME", "STATUS", "STEP", "WORKERS", "CREATED"),
+        ("ID", "NAME", "OWNER", "QUEUE", "STATUS", "STEP", "WORKERS", "CREATED"),
         [
-            (job.id, job.spec.name, job.status, steps(job.step, job.num_steps), job.spec.workers, age(job.created_at))
+            (
+                job.id,
+                job.spec.name,
+                job.owner,
+                job.spec.queue,
+                job.status,
+                steps(job.step, job.num_steps),
+                job.spec.workers,
+                age(job.created_at),
+            )
             for job in page.jobs
         ],
     )
@@ -158,6 +172,8 @@ def get(context: typer.Context, job_id: JobArgument, output: FormatOption = Form
             ("id", job.id),
             ("name", job.spec.name),
             ("forked from", job.forked_from and f"step {job.forked_from.step} of {job.forked_from.job_id}"),
+            ("owner", job.owner),
+            ("queue", job.spec.queue),
             ("labels", ", ".join(f"{key}={value}" for key, value in job.spec.labels.items()) or None),
             ("status", job.status),
             ("reason", f"{job.reason}: {job.message}"),
@@ -169,6 +185,7 @@ def get(context: typer.Context, job_id: JobArgument, output: FormatOption = Form
             ("exact", None if job.exact is None else f"{'yes' if job.exact else 'no'}: {job.exactness}"),
             ("batch", f"{job.spec.batch.size}, {job.spec.batch.samples_normalized_together} normalized together"),
             ("retries", f"{job.retries_used} of {job.spec.retry.budget} used"),
+            ("preemptions", f"{job.preemptions_used} of {job.spec.retry.preemptions} used"),
             ("created", job.created_at.isoformat(timespec="seconds")),
             ("started", job.started_at and job.started_at.isoformat(timespec="seconds")),
             ("ended", job.ended_at and job.ended_at.isoformat(timespec="seconds")),

@@ -1,6 +1,8 @@
 """What the options of all commands say: which service, and with which token."""
 
+import getpass
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,8 +45,21 @@ class CommonOptions:
         return Client(
             endpoint.url,
             endpoint.token,
+            owner=_owner(),
             retry_for_s=3.0,
             reconnect_for_s=reconnect_for_s,
             locate=self.find,
             on_interruption=lambda: say("The service does not answer; trying to reach it again. The job goes on."),
         )
+
+
+def _owner() -> str | None:
+    """Whose the jobs are that this person submits: the name of the user, where there is one that can be used."""
+    named = os.environ.get("SYNCBN_OWNER")
+    if named:
+        return named  # refused by the service where it cannot be one
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        return None
+    return user if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", user) else None

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from service.domain.placement import Node, Resources
+from service.domain.queue import Queue, QueueState
 from service.domain.spec import JobSpec
 
 
@@ -95,3 +96,9 @@ def node_of(data: dict[str, Any]) -> Node:
         address=data["address"],
         total=Resources(cpus=total["cpus"], gpus=total["gpus"], memory_bytes=total["memory_bytes"]),
     )
+
+
+def queue_state_of(data: dict[str, Any]) -> QueueState:
+    """Return the queue that the queues' routes show; fields of a newer service are passed over."""
+    known = {name: data[name] for name in QueueState.model_fields if name != "queue"}
+    return QueueState(queue=Queue(**{name: data[name] for name in Queue.model_fields}), **known)

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from service.client.answers import JobPlan, LogChunk, Series, node_of
+from service.client.answers import JobPlan, LogChunk, Series, node_of, queue_state_of
 from service.client.bundling import open_bundle
 from service.client.connection import Connection
 from service.client.discovery import Endpoint
@@ -23,6 +23,7 @@ from service.client.stream import StreamItem, stream_job
 from service.client.uploads import send_upload, upload_limit
 from service.domain.job import Attempt, Checkpoint, Event, Job, JobStatus
 from service.domain.ports import ClusterSnapshot, JobPage
+from service.domain.queue import Queue, QueueState
 from service.domain.spec import STORED, JobSpec
 from service.domain.uploads import Upload
 
@@ -39,6 +40,7 @@ class Client:
     Args:
         url: where the service is.
         token: what it asks for.
+        owner: whose the jobs are that it submits; None: of nobody in particular.
         retry_for_s: how long a request is repeated that was not answered, or answered with 503.
         reconnect_for_s: how long ``stream``, ``wait`` and ``follow_log`` wait for a service that is away; None: for
             ever.
@@ -53,12 +55,14 @@ class Client:
         url: str,
         token: str,
         *,
+        owner: str | None = None,
         retry_for_s: float = 5.0,
         reconnect_for_s: float | None = 60.0,
         locate: Callable[[], Endpoint] | None = None,
         on_interruption: Callable[[], None] | None = None,
     ) -> None:
         self._connection = Connection(Endpoint(url=url, token=token), retry_for_s=retry_for_s, locate=locate)
+        self._owner = owner
         self._reconnect_for_s = reconnect_for_s
         self._on_interruption = on_interruption
 
@@ -97,6 +101,8 @@ class Client:
         *,
         statuses: Sequence[JobStatus] = (),
         name: str | None = None,
+        queue: str | None = None,
+        owner: str | None = None,
         labels: Sequence[tuple[str, str]] = (),
         limit: int = 50,
         cursor: str | None = None,
@@ -105,6 +111,8 @@ class Client:
         params = {
             "status": [str(status) for status in statuses],
             "name": name,
+            "queue": queue,
+            "owner": owner,
             "label": [f"{key}={value}" for key, value in labels],
             "limit": limit,
             "cursor": cursor,
@@ -147,6 +155,21 @@ class Client:
         """
         body = json.dumps({"step": step, "changes": dict(changes or {})})
         return self._post(f"{_path(job_id)}/fork", body, idempotency_key)
+
+    def queues(self) -> tuple[QueueState, ...]:
+        """Return every queue and what is in it, by name."""
+        data = self._connection.json("GET", "/v1/queues")
+        return tuple(queue_state_of(one) for one in data["queues"])
+
+    def put_queue(self, queue: Queue) -> QueueState:
+        """Make a queue, or give it these settings."""
+        content = queue.model_dump_json(exclude={"name"})
+        data = self._connection.json("PUT", f"/v1/queues/{quote(queue.name, safe='')}", content=content, headers=_JSON)
+        return queue_state_of(data)
+
+    def remove_queue(self, name: str) -> None:
+        """Remove a queue whose jobs have all ended."""
+        self._connection.request("DELETE", f"/v1/queues/{quote(name, safe='')}")
 
     def attempts(self, job_id: str) -> tuple[Attempt, ...]:
         """Return the attempts at a job, in order."""
@@ -366,6 +389,8 @@ class Client:
     def _post(self, path: str, content: str | None = None, idempotency_key: str | None = None) -> Job:
         """Ask for something that is done once, however often the request has to be repeated."""
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4()), **({} if content is None else _JSON)}
+        if self._owner is not None:
+            headers["Syncbn-Owner"] = self._owner
         return _parse(Job, self._connection.json("POST", path, content=content, headers=headers))
 
     def _patience(self) -> Patience:

@@ -113,6 +113,8 @@ class JobStore(Protocol):
         *,
         statuses: Sequence[JobStatus] = (),
         name: str | None = None,
+        queue: str | None = None,
+        owner: str | None = None,
         labels: Sequence[tuple[str, str]] = (),
         limit: int = 50,
         cursor: str | None = None,

@@ -217,12 +217,20 @@ def list_page(
     connection: Connection,
     *,
     statuses: Sequence[JobStatus],
-    name: str | None,
+    exactly: Mapping[str, str | None],
     labels: Sequence[tuple[str, str]],
     limit: int,
     cursor: str | None,
 ) -> JobPage:
     """Return a page of the jobs that match everything given, newest first.
+
+    Args:
+        connection: in a transaction.
+        statuses: any of these; empty for all.
+        exactly: columns and their values; None for any.
+        labels: all of these keys and values.
+        limit: most jobs.
+        cursor: of the page; None for the first.
 
     Raises:
         InvalidCursor: ``cursor`` is none of ours.
@@ -238,8 +246,7 @@ def list_page(
             number = labelled.c.job_number
     if cursor is not None:
         conditions.append(number < decode_cursor(cursor))
-    if name is not None:
-        conditions.append(jobs.c.name == name)
+    conditions += [jobs.c[column] == value for column, value in exactly.items() if value is not None]
     # Each status by itself is a range of an index, in order; a set of them would have to be sorted.
     ranges = [
         sa.select(number.label("number"))

@@ -100,12 +100,21 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
         *,
         statuses: Sequence[JobStatus] = (),
         name: str | None = None,
+        queue: str | None = None,
+        owner: str | None = None,
         labels: Sequence[tuple[str, str]] = (),
         limit: int = 50,
         cursor: str | None = None,
     ) -> JobPage:
         with self._database.reading() as connection:
-            return jobs.list_page(connection, statuses=statuses, name=name, labels=labels, limit=limit, cursor=cursor)
+            return jobs.list_page(
+                connection,
+                statuses=statuses,
+                exactly={"name": name, "queue": queue, "owner": owner},
+                labels=labels,
+                limit=limit,
+                cursor=cursor,
+            )
 
     @override
     def replayed(self, key: IdempotencyKey) -> Job | None:

@@ -66,7 +66,8 @@ sa.Index("ix_jobs_name", jobs.c.name, jobs.c.number)
 _partial_index("ix_jobs_origin", jobs.c.origin_job_id, where="origin_job_id IS NOT NULL")
 _partial_index("ix_jobs_queue", jobs.c.status, jobs.c.priority.desc(), jobs.c.number, where="status = 'queued'")
 
-sa.Index("ix_jobs_queue_name", jobs.c.queue, jobs.c.status)
+sa.Index("ix_jobs_queue_name", jobs.c.queue, jobs.c.number)
+sa.Index("ix_jobs_owner", jobs.c.owner, jobs.c.number)
 _partial_index("ix_jobs_start_by", jobs.c.start_by, where="start_by IS NOT NULL")
 
 job_dependencies = sa.Table(

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Response
 from service.api.body import RequestDocument
 from service.api.fit import fit_problem
 from service.api.idempotency import OWNER, REPLAYED_HEADER, RequestKey
+from service.api.owner import RequestOwner
 from service.api.parts import AppParts, JobId, Parts
 from service.api.schemas import JobList, JobQuery
 from service.api.uploads import check_uploads
@@ -33,7 +34,9 @@ CREATED: dict[int | str, dict[str, Any]] = {
 
 
 @router.post("", status_code=201, openapi_extra=SPEC_BODY, responses=CREATED)
-def submit_job(document: RequestDocument, key: RequestKey, parts: AppParts, response: Response) -> Job:
+def submit_job(
+    document: RequestDocument, key: RequestKey, owner: RequestOwner, parts: AppParts, response: Response
+) -> Job:
     """Submit a job. Once this is answered, no crash loses it."""
     named = None
     if key is not None:
@@ -44,7 +47,7 @@ def submit_job(document: RequestDocument, key: RequestKey, parts: AppParts, resp
         spec = parse_spec(document.data)
         check_uploads(spec, parts.uploads.rows)
         refuse_unfit(spec, parts)
-        job, created = parts.store.submit(spec, key=named)
+        job, created = parts.store.submit(spec, owner=owner, key=named)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     if created:
         nudge(parts)
@@ -60,6 +63,8 @@ def list_jobs(query: Annotated[JobQuery, Query()], parts: AppParts) -> JobList:
     page = parts.store.list_jobs(
         statuses=query.status,
         name=query.name,
+        queue=query.queue,
+        owner=query.owner,
         labels=[(key, value) for key, _, value in labels],
         limit=query.limit,
         cursor=query.cursor,

@@ -2,15 +2,14 @@
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, TypeVar
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, ValidationError
 
-from service.api.body import Document, RequestDocument
+from service.api.body import RequestDocument
 from service.api.idempotency import OWNER, REPLAYED_HEADER, RequestKey
+from service.api.owner import RequestOwner
+from service.api.parsing import body_of, parse
 from service.api.parts import AppParts, JobId, Parts
-from service.api.problems import REQUEST_INVALID, Refused
 from service.api.routes.jobs import CREATED, nudge, refuse_unfit
 from service.api.schemas import ForkBody, ResizeBody
 from service.api.uploads import check_uploads
@@ -19,16 +18,10 @@ from service.domain.errors import InvalidSpec
 from service.domain.fork import ForkRequest, plan_fork
 from service.domain.job import Job, Origin
 from service.domain.ports import IdempotencyKey
-from service.domain.spec import field_problems
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["lifecycle"])
 
-Body = TypeVar("Body", bound=BaseModel)
 _NO_BODY_SHA256 = hashlib.sha256(b"").hexdigest()
-
-
-def _body_of(model: type[BaseModel]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
 
 
 @router.post("/cancel", status_code=202)
@@ -58,10 +51,10 @@ def resume_job(job_id: JobId, key: RequestKey, parts: AppParts, response: Respon
     return _once(named, parts, response, lambda: parts.store.resume(job_id, key=named))
 
 
-@router.post("/resize", status_code=202, openapi_extra=_body_of(ResizeBody))
+@router.post("/resize", status_code=202, openapi_extra=body_of(ResizeBody))
 def resize_job(document: RequestDocument, job_id: JobId, key: RequestKey, parts: AppParts, response: Response) -> Job:
     """Let an elastic job have so many workers from now on, as soon as there is room for them."""
-    workers = _parse(ResizeBody, document).workers
+    workers = parse(ResizeBody, document).workers
     named = _named(key, job_id, "resize", document.sha256)
 
     def resize() -> Job:
@@ -73,10 +66,12 @@ def resize_job(document: RequestDocument, job_id: JobId, key: RequestKey, parts:
     return _once(named, parts, response, resize)
 
 
-@router.post("/fork", status_code=201, openapi_extra=_body_of(ForkBody), responses=CREATED)
-def fork_job(document: RequestDocument, job_id: JobId, key: RequestKey, parts: AppParts, response: Response) -> Job:
+@router.post("/fork", status_code=201, openapi_extra=body_of(ForkBody), responses=CREATED)
+def fork_job(
+    document: RequestDocument, job_id: JobId, key: RequestKey, owner: RequestOwner, parts: AppParts, response: Response
+) -> Job:
     """Submit a job that goes on from a checkpoint of this one, with changes that leave the checkpoint loadable."""
-    body = _parse(ForkBody, document)
+    body = parse(ForkBody, document)
     named = _named(key, job_id, "fork", document.sha256)
     # Before the checks, whose answer may be another by now.
     job, created = (None if named is None else parts.store.replayed(named)), False
@@ -86,7 +81,7 @@ def fork_job(document: RequestDocument, job_id: JobId, key: RequestKey, parts: A
         check_uploads(spec, parts.uploads.rows)
         refuse_unfit(spec, parts)
         origin = Origin(job_id=job_id, attempt=checkpoint.attempt, step=checkpoint.step)
-        job, created = parts.store.fork(spec, origin, key=named)
+        job, created = parts.store.fork(spec, origin, owner=owner, key=named)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     if created:
         nudge(parts)
@@ -111,11 +106,3 @@ def _named(key: str | None, job_id: str, action: str, body_sha256: str = _NO_BOD
     if key is None:
         return None
     return IdempotencyKey(owner=OWNER, route=f"POST /v1/jobs/{job_id}/{action}", key=key, body_sha256=body_sha256)
-
-
-def _parse(model: type[Body], document: Document) -> Body:
-    try:
-        return model.model_validate(document.data)
-    except ValidationError as error:
-        problems = field_problems(error.errors())
-        raise Refused(REQUEST_INVALID, "The request cannot be answered as written.", problems) from None

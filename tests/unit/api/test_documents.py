@@ -148,7 +148,7 @@ def test_every_link_within_the_reference_leads_somewhere():
 def test_every_route_is_documented(api):
     paths = api.get("/openapi.json").json()["paths"]
     routes = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
-    documented = re.findall(r"^\| `((?:GET|POST) [^`]+)` \|", API, re.MULTILINE)
+    documented = re.findall(r"^\| `((?:GET|POST|PUT|DELETE) [^`]+)` \|", API, re.MULTILINE)
     assert sorted(documented) == sorted([*routes, "GET /openapi.json"])
     for path, methods in paths.items():
         for operation in methods.values():

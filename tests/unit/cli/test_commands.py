@@ -100,16 +100,18 @@ def test_ls_and_get(service, cli):
     blue = service.submit(name="blue")
     service.scheduler.start(blue.id)
     lines = cli("ls").stdout.splitlines()
-    assert lines[0].split() == ["ID", "NAME", "STATUS", "STEP", "WORKERS", "CREATED"]
-    assert [line.split()[:4] for line in lines[1:]] == [
-        [blue.id, "blue", "running", "0/10"],
-        [red.id, "red", "queued", "0/10"],
+    assert lines[0].split() == ["ID", "NAME", "OWNER", "QUEUE", "STATUS", "STEP", "WORKERS", "CREATED"]
+    assert [line.split()[:6] for line in lines[1:]] == [
+        [blue.id, "blue", "default", "default", "running", "0/10"],
+        [red.id, "red", "default", "default", "queued", "0/10"],
     ]
     assert [job["id"] for job in json.loads(cli("ls", "--status", "queued", "--format", "json").stdout)["jobs"]] == [
         red.id
     ]
     assert "blue" not in cli("ls", "--label", "team=a").stdout
     assert "red" not in cli("ls", "--name", "blue").stdout
+    assert "red" not in cli("ls", "--owner", "ada").stdout
+    assert "red" not in cli("ls", "--queue", "research").stdout
     first = cli("ls", "--limit", 1)
     assert red.id in cli("ls", "--cursor", first.stderr.split()[-1]).stdout
     assert cli("ls", "--status", "done").exit_code == 2

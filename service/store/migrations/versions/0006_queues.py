@@ -19,7 +19,8 @@ def upgrade() -> None:
     op.add_column("jobs", sa.Column("not_before", sa.DateTime(timezone=True), nullable=True))
     op.add_column("jobs", sa.Column("start_by", sa.DateTime(timezone=True), nullable=True))
     op.add_column("attempts", sa.Column("step", sa.BigInteger(), nullable=True))
-    op.create_index("ix_jobs_queue_name", "jobs", ["queue", "status"])
+    op.create_index("ix_jobs_queue_name", "jobs", ["queue", "number"])
+    op.create_index("ix_jobs_owner", "jobs", ["owner", "number"])
     op.create_index(
         "ix_jobs_start_by",
         "jobs",

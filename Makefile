@@ -9,7 +9,7 @@ NATIVE := $(VENV)/.native
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check format test bench clean
+.PHONY: help setup demo serve check format test soak bench clean
 
 help:  ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ format: $(STAMP)  ## Format the code and apply the safe lint fixes
 
 test: check $(NATIVE)  ## Set up, check, and run the whole suite
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+soak: $(STAMP) $(NATIVE)  ## Inject every fault many times (half an hour); the report goes to benchmarks/results/
+	timeout --kill-after=30 3600 $(BIN)/pytest tests/soak --timeout 900 $(PYTEST_ARGS)
 
 bench: $(STAMP) $(NATIVE)  ## Run the benchmarks; results go to benchmarks/results/
 	$(BIN)/python -m benchmarks.run_all

@@ -61,7 +61,8 @@ def watch_job(client: Client, job: Job, *, timeout_s: float | None, lively: bool
             if item is None:
                 display.update(progress, progress.settle())
                 job = client.get(job.id)
-                if job.status.is_terminal:
+                # One that was resumed since may have ended again, and all of that is still to be told.
+                if job.status.is_terminal and not client.events(job.id, after=position, limit=1):
                     return job
                 items = _pump(client.stream(job.id, after=position))
                 continue

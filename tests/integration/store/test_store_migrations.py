@@ -162,6 +162,8 @@ def test_jobs_of_the_first_version_live_on(empty_url, monkeypatch):
     # Its checkpoints hold one group of parameters, all of which decay.
     assert (job.spec.optimizer.weight_decay, job.spec.optimizer.decay_norm_and_bias) == (5e-4, True)
     assert (job.status, job.retries_used) == (JobStatus.QUEUED, 0)
+    assert (job.owner, job.spec.queue, job.preemptions_used, job.not_before) == ("default", "default", 0, None)
+    assert [(state.queue.name, state.num_queued) for state in store.queue_states()] == [("default", 1)]
     assert (job.pause_requested, job.workers_wanted, job.resize_requested, job.forked_from) == (
         False,
         None,

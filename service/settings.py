@@ -33,7 +33,7 @@ class Settings(BaseSettings):
         max_dataset_bytes: largest file of data that may be uploaded.
         upload_dir: local directory in which the API keeps a body until it is whole and checked.
         node_cache_bytes: most that a node keeps of bundles, files of data and environments, but for those in use.
-        lease_ttl_s: a scheduler that does not renew for this long has lost its lead.
+        lease_ttl_s: how long a leader may be silent, by the clock of whoever watches it, before another takes over.
         collective_timeout_s: how long a rank waits for its peers.
         start_timeout_s: how long the ranks of an attempt may take to start.
         prepare_timeout_s: how long a node may take before that to fetch what the job brings and install requirements.

@@ -10,8 +10,9 @@ import socket
 import sys
 import threading
 import uuid
+from contextlib import suppress
 
-from service.domain.errors import InvalidSpec
+from service.domain.errors import InvalidSpec, Unavailable
 from service.domain.placement import Node, Resources
 from service.settings import Settings
 
@@ -71,6 +72,7 @@ def run_scheduler(settings: Settings) -> None:
     from service.cluster.ray_cluster import RayCluster  # noqa: PLC0415
     from service.nudge import NudgeListener  # noqa: PLC0415
     from service.scheduler.launches import LaunchFactory  # noqa: PLC0415
+    from service.scheduler.leadership import Leadership  # noqa: PLC0415
     from service.scheduler.loop import Scheduler  # noqa: PLC0415
     from service.storage.object_store import ObjectStore  # noqa: PLC0415
     from service.storage.run_files import StoredRunFiles  # noqa: PLC0415
@@ -88,6 +90,13 @@ def run_scheduler(settings: Settings) -> None:
     store = SqlStore(settings.database)
     storage = ObjectStore(settings.storage)
     storage_id = storage.identify()
+    leadership = Leadership(
+        holder=f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}",  # containers share names and ids
+        store=store,
+        ttl_s=settings.lease_ttl_s,
+    )
+    with suppress(Unavailable):  # the loop waits for the database
+        leadership.observe()  # what is left of a dead leader's lease passes while Ray is being connected to
     too_late = threading.Timer(CONNECT_TIMEOUT_S, _give_up_connecting, [settings.ray_address])
     too_late.start()
     cluster = RayCluster(
@@ -98,7 +107,7 @@ def run_scheduler(settings: Settings) -> None:
     signal.signal(signal.SIGTERM, ask_to_stop)
     signal.signal(signal.SIGINT, ask_to_stop)
     scheduler = Scheduler(
-        holder=f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}",  # containers share names and ids
+        leadership=leadership,
         store=store,
         cluster=cluster,
         files=StoredRunFiles(storage),
@@ -112,7 +121,6 @@ def run_scheduler(settings: Settings) -> None:
             node_cache_bytes=settings.node_cache_bytes,
             stop_grace_s=settings.stop_grace_s,
         ),
-        lease_ttl_s=settings.lease_ttl_s,
         launch_timeout_s=settings.start_timeout_s,
         resize_interval_s=settings.resize_interval_s,
     )

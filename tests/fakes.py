@@ -7,13 +7,12 @@ import base64
 import binascii
 import copy
 import hashlib
-import itertools
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +62,16 @@ from service.domain.journal import (
     utc_now,
 )
 from service.domain.placement import Node
-from service.domain.ports import ClusterSnapshot, Feed, HeldBack, IdempotencyKey, JobPage, Lease, LiveAttempt
+from service.domain.ports import (
+    ClusterSnapshot,
+    Feed,
+    HeldBack,
+    IdempotencyKey,
+    JobPage,
+    Lease,
+    LeaseState,
+    LiveAttempt,
+)
 from service.domain.queue import DEFAULT_QUEUE, Queue, QueueState
 from service.domain.retry import NextStep, after_attempt
 from service.domain.spec import JobSpec, parse_spec
@@ -157,9 +165,7 @@ class FakeJobStore:
         self._rows: dict[str, _Row] = {}
         self._keys: dict[tuple[str, str, str], tuple[str, str]] = {}
         self._nodes = ClusterSnapshot(nodes=(), observed_at=None)
-        self._lease: Lease | None = None
-        self._lease_ends = 0.0
-        self._epochs = itertools.count(1)
+        self._lease = LeaseState(holder=None, epoch=0, num_renewals=0)
         self._queues = {DEFAULT_QUEUE: Queue(name=DEFAULT_QUEUE)}
         self._usage_s: dict[str, float] = {}
 
@@ -421,20 +427,28 @@ class FakeJobStore:
 
     # What the scheduler needs.
 
-    def acquire_lease(self, holder: str, ttl_s: float) -> Lease | None:
+    def read_lease(self) -> LeaseState:
         with self._transaction():
-            now = time.monotonic()
-            if self._lease is not None and now < self._lease_ends and self._lease.holder != holder:
-                return None
-            if self._lease is None or now >= self._lease_ends or self._lease.holder != holder:
-                self._lease = Lease(holder=holder, epoch=next(self._epochs))
-            self._lease_ends = now + ttl_s
             return self._lease
+
+    def take_lease(self, holder: str, *, seen: LeaseState) -> Lease | None:
+        with self._transaction():
+            if self._lease != seen:
+                return None
+            self._lease = LeaseState(holder=holder, epoch=seen.epoch + 1, num_renewals=0)
+            return Lease(holder=holder, epoch=seen.epoch + 1)
+
+    def renew_lease(self, lease: Lease) -> None:
+        with self._transaction(lease):
+            self._lease = replace(self._lease, num_renewals=self._lease.num_renewals + 1)
 
     def release_lease(self, lease: Lease) -> None:
         with self._transaction():
-            if self._lease == lease:
-                self._lease_ends = 0.0
+            if self._holds(lease):
+                self._lease = replace(self._lease, holder=None)
+
+    def _holds(self, lease: Lease) -> bool:
+        return (lease.holder, lease.epoch) == (self._lease.holder, self._lease.epoch)
 
     def record_nodes(self, lease: Lease, nodes: Sequence[Node]) -> None:
         with self._transaction(lease):
@@ -686,7 +700,7 @@ class FakeJobStore:
                 raise self.error
             if self.unavailable:
                 raise Unavailable("The database does not answer.")
-            if lease is not None and (lease != self._lease or time.monotonic() >= self._lease_ends):
+            if lease is not None and not self._holds(lease):
                 raise LeaseLost(f"{lease.holder} no longer leads.")
             yield
 
@@ -953,7 +967,7 @@ class FakeScheduler:
         self.store.mark_stopping(self._lease(), job_id, self.store.get(job_id).attempt, reason)
 
     def _lease(self) -> Lease:
-        lease = self.store.acquire_lease("fake", ttl_s=3600)
+        lease = self.store.take_lease("fake", seen=self.store.read_lease())
         assert lease is not None
         return lease
 

@@ -257,6 +257,21 @@ class Lease:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeaseState:
+    """The lease as somebody saw it; two that are equal say that nothing happened to it in between.
+
+    Attributes:
+        holder: who leads; None: nobody, it was released.
+        epoch: of the holder, or of the last one.
+        num_renewals: grows as long as the holder lives.
+    """
+
+    holder: str | None
+    epoch: int
+    num_renewals: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class LiveAttempt:
     """A job with an attempt that has not been sealed."""
 
@@ -280,8 +295,16 @@ class HeldBack:
 class SchedulerStore(Protocol):
     """What the scheduler needs of the store. Writes raise ``LeaseLost`` if the lease is not current."""
 
-    def acquire_lease(self, holder: str, ttl_s: float) -> Lease | None:
-        """Take or renew the lease by the database's clock; None while another holds it."""
+    def read_lease(self) -> LeaseState:
+        """Return the lease as it is; it says nothing about when it ends, which is for those to judge who watch it."""
+        ...
+
+    def take_lease(self, holder: str, *, seen: LeaseState) -> Lease | None:
+        """Take the lease under a greater epoch, whoever holds it; None if it is no longer as it was seen."""
+        ...
+
+    def renew_lease(self, lease: Lease) -> None:
+        """Change the lease, so that whoever watches it sees that its holder lives; late or not, if it is still held."""
         ...
 
     def release_lease(self, lease: Lease) -> None:

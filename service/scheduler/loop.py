@@ -12,12 +12,12 @@ from service.scheduler.admission import admit
 from service.scheduler.elasticity import decide_resizes
 from service.scheduler.follower import AttemptFollower
 from service.scheduler.launches import LaunchFactory
+from service.scheduler.leadership import Leadership
 from service.scheduler.sweeper import Sweeper
 
 BUSY_INTERVAL_S = 0.05
 IDLE_INTERVAL_S = 0.5
 NODES_INTERVAL_S = 1.0
-RENEWALS_PER_TTL = 3
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,11 @@ class Scheduler:
     """Runs jobs; of several, the one that holds the lease does.
 
     Args:
-        holder: name of this process, unique.
+        leadership: says whether this one leads.
         store: rows.
         cluster: supervisors and nodes.
         files: run storage.
         make_launch: builds launches.
-        lease_ttl_s: how long the lease lasts without a renewal.
         launch_timeout_s: how long a supervisor may take to show that it runs.
         resize_interval_s: how long an elastic job runs before it is interrupted to give it more workers.
     """
@@ -39,24 +38,20 @@ class Scheduler:
     def __init__(
         self,
         *,
-        holder: str,
+        leadership: Leadership,
         store: SchedulerStore,
         cluster: Cluster,
         files: RunFiles,
         make_launch: LaunchFactory,
-        lease_ttl_s: float,
         launch_timeout_s: float,
         resize_interval_s: float,
     ) -> None:
-        self._holder = holder
+        self._leadership = leadership
         self._store = store
         self._cluster = cluster
         self._make_launch = make_launch
-        self._lease_ttl_s = lease_ttl_s
         self._resize_interval_s = resize_interval_s
-        self._lease: Lease | None = None
-        self._has_to_close_forgotten = False
-        self._renewed_at = 0.0
+        self._closed_forgotten_in_epoch: int | None = None
         self._nodes: tuple[Node, ...] = ()
         self._troubles: dict[str, str] = {}
         # By the clock of this process: another leader counts anew, which delays a resize and no more.
@@ -92,26 +87,28 @@ class Scheduler:
             Whether this scheduler leads and attempts are live, so that the next iteration should come soon.
         """
         try:
-            lease = self._claim()
+            lease = self._leadership.claim()
             if lease is None:
                 return False
-            if self._has_to_close_forgotten:
+            if self._closed_forgotten_in_epoch != lease.epoch:
                 self._close_forgotten()
-                self._has_to_close_forgotten = False
+                self._closed_forgotten_in_epoch = lease.epoch
             self._observe_nodes(lease)
             self._follower.use_nodes({node.id for node in self._nodes} if admitting else frozenset())
-            num_live = self._follow_all(lease)
+            num_live = self._follow_all()
             self._sweeper.step(lease)
             if not admitting:
                 return num_live > 0
             num_started = self._admit(lease)
             self._resize(lease)
             return num_live + num_started > 0
-        except LeaseLost:
-            logger.warning("The lease went to another scheduler")
-            self._lease = None
+        except LeaseLost as error:
+            logger.warning("The lease went to another scheduler: %s", error)
+            self._leadership.forget()
         except Unavailable as error:
             logger.warning("Waiting for the database or the cluster: %s", error)
+            # What was sealed, as it may turn out, by a transaction whose answer was lost, has a supervisor to close.
+            self._closed_forgotten_in_epoch = None
         return False
 
     def stop_all(self, *, deadline_s: float) -> None:
@@ -121,15 +118,15 @@ class Scheduler:
             deadline_s: how long to wait for it.
         """
         deadline = time.monotonic() + deadline_s
-        while self._lease is not None and time.monotonic() < deadline and not self._is_stopped(self._lease):
+        while (lease := self._leadership.lease) is not None and time.monotonic() < deadline:
+            if self._is_stopped(lease):
+                break
             time.sleep(BUSY_INTERVAL_S)
         self._sweeper.close()
-        if self._lease is not None:
-            try:
-                self._store.release_lease(self._lease)
-            except Unavailable as error:
-                logger.warning("The lease could not be given up, and ends by itself: %s", error)
-            self._lease = None
+        try:
+            self._leadership.release()
+        except Unavailable as error:
+            logger.warning("The lease could not be given up, and ends by itself: %s", error)
 
     def _is_stopped(self, lease: Lease) -> bool:
         """Ask whatever was not asked to stop yet; True if nothing runs any more, or another scheduler leads."""
@@ -139,9 +136,9 @@ class Scheduler:
                 if entry.attempt.stop_reason is None:
                     self._store.mark_stopping(lease, entry.job.id, entry.attempt.number, Reason.SERVICE_STOPPED)
         except LeaseLost:
-            self._lease = None
-            self.step(admitting=False)  # takes it again if it only ran out
-            return self._lease is None
+            self._leadership.forget()
+            self.step(admitting=False)  # goes on if it still is ours
+            return self._leadership.lease is None
         except Unavailable as error:
             logger.warning("Waiting for the database: %s", error)
             return False
@@ -149,22 +146,13 @@ class Scheduler:
             self.step(admitting=False)
         return not live
 
-    def _claim(self) -> Lease | None:
-        now = time.monotonic()
-        if self._lease is not None and now - self._renewed_at < self._lease_ttl_s / RENEWALS_PER_TTL:
-            return self._lease
-        before = self._lease
-        self._lease = self._store.acquire_lease(self._holder, self._lease_ttl_s)
-        self._renewed_at = now
-        if self._lease is not None and self._lease != before:
-            logger.info("Leading, epoch %d", self._lease.epoch)
-            self._has_to_close_forgotten = True
-        return self._lease
-
     def _close_forgotten(self) -> None:
         """Close supervisors whose attempts were sealed by a leader that died before it could."""
+        # In this order: an attempt has its row before it has a supervisor, so what is supervised now and has no live
+        # row later is sealed, even if this process was stopped in between and another leads by now.
+        supervised = self._cluster.supervised()
         live = {(entry.job.id, entry.attempt.number) for entry in self._store.live_attempts()}
-        for job_id, attempt in self._cluster.supervised():
+        for job_id, attempt in supervised:
             if (job_id, attempt) not in live:
                 self._cluster.close(job_id, attempt)
 
@@ -176,9 +164,10 @@ class Scheduler:
         self._nodes_at = now
         self._store.record_nodes(lease, self._nodes)
 
-    def _follow_all(self, lease: Lease) -> int:
+    def _follow_all(self) -> int:
         live = self._store.live_attempts()
         for entry in live:
+            lease = self._leadership.keep()  # many of them take longer than a lease lasts
             try:
                 self._follower.follow(lease, entry)
             except (LeaseLost, Unavailable):
@@ -203,7 +192,7 @@ class Scheduler:
             return 0
         starts, waits = admit(queued, self._store.live_attempts(), self._nodes)
         for start in starts:
-            attempt = self._store.create_attempt(lease, start.job.id, node_ids=start.node_ids)
+            attempt = self._store.create_attempt(self._leadership.keep(), start.job.id, node_ids=start.node_ids)
             if attempt is not None:
                 self._cluster.launch(self._make_launch(start.job, attempt))
         for wait in waits:

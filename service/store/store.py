@@ -31,6 +31,7 @@ from service.domain.ports import (
     JobPage,
     JobStore,
     Lease,
+    LeaseState,
     LiveAttempt,
     SchedulerStore,
 )
@@ -227,9 +228,19 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
     # For the scheduler
 
     @override
-    def acquire_lease(self, holder: str, ttl_s: float) -> Lease | None:
+    def read_lease(self) -> LeaseState:
+        with self._database.reading() as connection:
+            return leases.read(connection)
+
+    @override
+    def take_lease(self, holder: str, *, seen: LeaseState) -> Lease | None:
         with self._database.writing() as connection:
-            return leases.acquire(connection, holder, ttl_s)
+            return leases.take(connection, holder, seen)
+
+    @override
+    def renew_lease(self, lease: Lease) -> None:
+        with self._database.writing() as connection:
+            leases.renew(connection, lease)
 
     @override
     def release_lease(self, lease: Lease) -> None:

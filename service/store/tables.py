@@ -204,8 +204,8 @@ leases = sa.Table(
     sa.Column("name", sa.String(32), primary_key=True),
     sa.Column("holder", PlainText),
     sa.Column("epoch", sa.BigInteger, nullable=False),
-    # Seconds since 1970 by the database's clock.
-    sa.Column("expires_at", sa.Double, nullable=False),
+    # Grows while its holder lives; whoever sees it stand still for long enough takes over.
+    sa.Column("num_renewals", sa.BigInteger, nullable=False, server_default="0"),
 )
 
 cluster = sa.Table(

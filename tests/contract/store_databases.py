@@ -55,5 +55,5 @@ def empty(engine: sa.Engine) -> None:
         connection.execute(
             sa.update(queues).values(weight=1.0, quota={}, quota_per_owner={}, paused=False, usage_s=0.0)
         )
-        connection.execute(sa.update(metadata.tables["leases"]).values(holder=None, epoch=0, expires_at=0.0))
+        connection.execute(sa.update(metadata.tables["leases"]).values(holder=None, epoch=0, num_renewals=0))
         connection.execute(sa.update(metadata.tables["cluster"]).values(nodes=[], observed_at=None))

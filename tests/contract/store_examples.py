@@ -37,10 +37,16 @@ def make_key(*, key: str = "k", body: str = "a") -> IdempotencyKey:
     return IdempotencyKey(owner="me", route="POST /v1/jobs", key=key, body_sha256=body * 64)
 
 
-def lead(store) -> Lease:
-    lease = store.acquire_lease("scheduler-1", 60.0)
+def lead(store, holder: str = "scheduler-1") -> Lease:
+    """Take the lease, whoever has it."""
+    lease = store.take_lease(holder, seen=store.read_lease())
     assert lease is not None
     return lease
+
+
+def is_led(store) -> bool:
+    """Whether somebody has the lease."""
+    return store.read_lease().holder is not None
 
 
 def records(*reports: Report, first: int = 1) -> list[JournalRecord]:

@@ -8,14 +8,14 @@ from service.domain.journal import Launched, Metrics, Running
 from service.domain.placement import Resources
 from service.domain.ports import HeldBack
 from service.domain.queue import Queue, Quota
-from tests.contract.store_examples import make_spec, records
+from tests.contract.store_examples import lead, make_spec, records
 
 RESEARCH = Queue(name="research", weight=2.5, quota=Quota(gpus=8, cpus=0.5), quota_per_owner=Quota(jobs=1), paused=True)
 
 
 @pytest.fixture
 def lease(store):
-    return store.acquire_lease("scheduler", 60.0)
+    return lead(store)
 
 
 def _end(store, lease, job_id, outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED):

@@ -1,7 +1,7 @@
 """What the scheduler may expect of any ``SchedulerStore``. A failure names a promise that an implementation breaks."""
 
 import random
-import time
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -22,7 +22,7 @@ from service.domain.journal import (
     Warned,
 )
 from service.domain.placement import Node, Resources
-from service.domain.ports import Lease
+from service.domain.ports import Lease, LeaseState
 from tests.contract.store_examples import (
     START,
     checkpoint,
@@ -46,30 +46,53 @@ def seal(store, lease, job, outcome=Outcome.LOST, reason=Reason.RANK_LOST, failu
 # The lease
 
 
-def test_one_holder_at_a_time(store):
-    first = store.acquire_lease("a", 60.0)
-    assert first.holder == "a"
-    assert store.acquire_lease("b", 60.0) is None
-    assert store.acquire_lease("a", 60.0) == first
+def test_nobody_leads_at_first(any_store):
+    assert any_store.read_lease().holder is None
 
 
-def test_a_released_lease_is_taken_at_once_under_a_greater_epoch(store):
-    first = store.acquire_lease("a", 60.0)
-    store.release_lease(first)
-    second = store.acquire_lease("b", 60.0)
+def test_a_lease_that_is_as_it_was_seen_is_taken_and_no_other(any_store):
+    free = any_store.read_lease()
+    first = any_store.take_lease("a", seen=free)
+    assert any_store.take_lease("b", seen=free) is None
+    held = any_store.read_lease()
+    assert held == LeaseState(holder="a", epoch=first.epoch, num_renewals=0)
+    assert any_store.read_lease() == held
+    second = any_store.take_lease("b", seen=held)
+    assert second.holder == "b"
     assert second.epoch > first.epoch
-    store.release_lease(first)  # late, by one who lost it: nothing
-    assert store.acquire_lease("a", 60.0) is None
+    assert any_store.take_lease("a", seen=held) is None
 
 
-def test_a_lease_that_is_not_renewed_ends(store):
-    first = store.acquire_lease("a", 0.05)
-    deadline = time.monotonic() + 10
-    while (second := store.acquire_lease("b", 60.0)) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def test_a_renewal_shows_and_keeps_others_out_that_saw_less(any_store):
+    lease = lead(any_store, "a")
+    seen = any_store.read_lease()
+    any_store.renew_lease(lease)
+    assert any_store.read_lease() == replace(seen, num_renewals=seen.num_renewals + 1)
+    assert any_store.take_lease("b", seen=seen) is None
+    any_store.record_nodes(lease, [])
+
+
+def test_a_released_lease_is_nobodys_and_its_epoch_never_comes_back(any_store):
+    first = lead(any_store, "a")
+    before = any_store.read_lease()
+    any_store.release_lease(first)
+    assert any_store.read_lease().holder is None
+    assert any_store.take_lease("b", seen=before) is None
+    second = lead(any_store, "b")
     assert second.epoch > first.epoch
-    assert store.acquire_lease("a", 60.0) is None
+    any_store.release_lease(first)  # late, by one who lost it: nothing
+    assert any_store.read_lease().holder == "b"
+
+
+def test_a_lease_that_was_lost_cannot_be_renewed(any_store):
+    lost, released = lead(any_store, "a"), lead(any_store, "b")
+    with pytest.raises(LeaseLost, match="a no longer leads"):
+        any_store.renew_lease(lost)
+    any_store.release_lease(released)
+    with pytest.raises(LeaseLost):
+        any_store.renew_lease(released)
+    with pytest.raises(LeaseLost):
+        any_store.record_nodes(released, [])
 
 
 def test_every_write_needs_a_current_lease(store):
@@ -77,11 +100,12 @@ def test_every_write_needs_a_current_lease(store):
     job = run(store, stale, checkpoint(1))
     queued, _ = store.submit(make_spec())
     store.release_lease(stale)
-    current = store.acquire_lease("scheduler-2", 60.0)
+    current = lead(store, "scheduler-2")
     forged = Lease(holder="scheduler-1", epoch=current.epoch)
     before = (store.get(job.id), store.get(queued.id), store.attempts(job.id), store.events(job.id))
     for lease in (stale, forged):
         for write in (
+            lambda lease=lease: store.renew_lease(lease),
             lambda lease=lease: store.record_nodes(lease, []),
             lambda lease=lease: store.create_attempt(lease, queued.id, node_ids=["n"]),
             lambda lease=lease: store.set_message(lease, queued.id, "other"),
@@ -97,12 +121,6 @@ def test_every_write_needs_a_current_lease(store):
     assert (store.get(job.id), store.get(queued.id), store.attempts(job.id), store.events(job.id)) == before
     assert len(store.checkpoints(job.id)) == 1
     assert store.cluster().observed_at is None
-
-
-def test_a_lease_that_ended_writes_nothing_although_no_other_took_it(store):
-    lease = store.acquire_lease("a", 0.0)
-    with pytest.raises(LeaseLost):
-        store.record_nodes(lease, [])
 
 
 # The cluster

@@ -49,7 +49,8 @@ def test_one_of_two_claimers_gets_the_job(database_url, store):
 
 def test_one_of_many_takes_the_lease(store):
     for round_number in range(3):
-        leases = at_once(6, lambda place, r=round_number: store.acquire_lease(f"holder-{r}-{place}", 60.0))
+        seen = store.read_lease()
+        leases = at_once(6, lambda place, r=round_number, seen=seen: store.take_lease(f"holder-{r}-{place}", seen=seen))
         (lease,) = [lease for lease in leases if lease is not None]
         assert lease.epoch == round_number + 1
         store.release_lease(lease)

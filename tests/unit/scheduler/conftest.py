@@ -5,9 +5,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from service.domain.job import JobStatus
+from service.domain.ports import Lease
 from service.domain.spec import parse_spec
 from service.scheduler import follower, loop, sweeper
 from service.scheduler.launches import LaunchFactory
+from service.scheduler.leadership import Leadership
 from service.scheduler.loop import Scheduler
 from service.storage.object_store import ObjectStore
 from service.storage.run_files import StoredRunFiles
@@ -41,7 +43,7 @@ class House:
     ):
         store = store or self.store
         return Scheduler(
-            holder=holder,
+            leadership=Leadership(holder=holder, store=store, ttl_s=lease_ttl_s),
             store=store,
             cluster=self.cluster,
             files=files or self.files,
@@ -53,10 +55,15 @@ class House:
                 start_timeout_s=2.0,
                 stop_grace_s=3.0,
             ),
-            lease_ttl_s=lease_ttl_s,
             launch_timeout_s=launch_timeout_s,
             resize_interval_s=resize_interval_s,
         )
+
+    def lease(self):
+        """The lease of whoever leads."""
+        state = self.store.read_lease()
+        assert state.holder is not None
+        return Lease(holder=state.holder, epoch=state.epoch)
 
     def submit(self, **changes):
         """Return the id of a new job."""

@@ -63,7 +63,7 @@ def test_what_arrives_after_the_last_record_changes_nothing(house, scheduler):
 
 def test_an_end_that_was_stored_but_not_sealed_is_sealed_by_the_next(house, scheduler):
     job_id = house.start(scheduler)
-    lease = house.store.acquire_lease("first", 60.0)
+    lease = house.lease()
     house.cluster.end(job_id, 1)
     (live,) = house.store.live_attempts()
     page = house.cluster.read(job_id, 1, after=live.attempt.last_sequence)
@@ -94,7 +94,7 @@ def test_a_launch_that_came_to_nothing_is_repeated_exactly_once(house, scheduler
     assert house.store.attempts(job_id)[0].status is AttemptStatus.CREATED
     house.cluster.loses_launches = False
     house.cluster.launches.clear()
-    house.store.release_lease(house.store.acquire_lease("first", 60.0))
+    house.store.release_lease(house.lease())
     second = house.scheduler("second")
     for _ in range(3):
         second.step()

@@ -136,7 +136,7 @@ def test_a_resize_goes_on_whenever_the_scheduler_dies(house, scheduler, grown, w
         scheduler.step()
         house.cluster.checkpoint(grown, 1, 5)
         house.cluster.end(grown, 1, Outcome.STOPPED, Reason.RESIZED)
-    lease = house.store.acquire_lease("first", 60.0)
+    lease = house.lease()
     if when == "ended":  # and dies before it could seal
         (live,) = house.store.live_attempts()
         page = house.cluster.read(grown, 1, after=live.attempt.last_sequence)

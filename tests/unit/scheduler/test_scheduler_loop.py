@@ -7,7 +7,8 @@ import pytest
 from service.domain.errors import LeaseLost, Unavailable
 from service.domain.job import JobStatus, Outcome, Reason
 from service.domain.journal import Metrics
-from service.scheduler import loop
+from service.scheduler import leadership, loop
+from tests.contract.store_examples import is_led, lead
 from tests.fake_cluster import make_node
 
 DEADLINE_S = 10.0
@@ -113,7 +114,7 @@ def test_of_two_schedulers_one_leads(house):
 
 def test_the_other_takes_over_once_the_lease_has_ended(house):
     first = house.scheduler("first", lease_ttl_s=0.3)
-    second = house.scheduler("second", lease_ttl_s=60.0)
+    second = house.scheduler("second", lease_ttl_s=0.3)
     job_id = house.start(first)
     assert not second.step()
     house.cluster.report(job_id, 1, Metrics.of(1, {"train/loss": 0.5}))
@@ -130,8 +131,8 @@ def test_a_leader_that_was_away_too_long_writes_nothing_and_steps_back(house, ca
     first = house.scheduler("first", lease_ttl_s=60.0)
     second = house.scheduler("second")
     first.step()
-    house.store.release_lease(house.store.acquire_lease("first", 60.0))
-    assert house.store.acquire_lease("second", 60.0)
+    house.store.release_lease(house.lease())
+    lead(house.store, "second")
     job_id = house.submit()
     assert not first.step()  # believes that it still leads, and is refused
     assert "went to another" in caplog.text
@@ -150,15 +151,15 @@ def test_a_lease_is_renewed_while_there_is_nothing_to_do(house):
         first.step()
         second.step()
     elapsed_s = time.monotonic() - started_at
-    assert house.store.acquire_lease("third", ttl_s) is None
-    # Three times in its life, not at every iteration; one more for the first.
-    assert store.calls.count("acquire_lease") <= 1 + elapsed_s / (ttl_s / loop.RENEWALS_PER_TTL)
+    assert house.lease().holder == "first"
+    # Three times in its life, not at every iteration.
+    assert store.calls.count("renew_lease") <= elapsed_s / (ttl_s / leadership.RENEWALS_PER_TTL)
 
 
 def test_supervisors_that_a_dead_leader_forgot_are_closed(house):
     first = house.scheduler("first")
     job_id, other = house.start(first), house.start(first)
-    lease = house.store.acquire_lease("first", 60.0)
+    lease = house.lease()
     house.store.seal_attempt(
         lease, job_id, 1, outcome=Outcome.FAILED, reason=Reason.USER_ERROR, failure=None
     )  # and dies before it could close
@@ -171,7 +172,7 @@ def test_supervisors_that_a_dead_leader_forgot_are_closed(house):
 def test_forgotten_supervisors_are_closed_even_if_the_cluster_did_not_answer_at_first(house):
     first = house.scheduler("first")
     job_id = house.start(first)
-    lease = house.store.acquire_lease("first", 60.0)
+    lease = house.lease()
     house.store.seal_attempt(lease, job_id, 1, outcome=Outcome.FAILED, reason=Reason.USER_ERROR, failure=None)
     house.store.release_lease(lease)
     second = house.scheduler("second")
@@ -214,7 +215,7 @@ def test_an_orderly_stop_that_a_supervisor_does_not_heed_ends_in_time(house, sch
     assert time.monotonic() - started_at < DEADLINE_S
     assert house.store.get(job_id).status is JobStatus.RUNNING
     assert set(house.cluster.stop_reasons(job_id, 1)) == {Reason.SERVICE_STOPPED}
-    assert house.store.acquire_lease("second", 60.0) is not None
+    assert not is_led(house.store)
 
 
 def test_what_the_stop_of_the_service_killed_costs_no_retry_either(house, scheduler):
@@ -236,17 +237,17 @@ def test_an_orderly_stop_survives_a_database_that_stumbles(house):
         store.errors[method] = [Unavailable("busy")]
     scheduler.stop_all(deadline_s=DEADLINE_S)
     assert house.status(job_id) == (JobStatus.QUEUED, Reason.SERVICE_STOPPED)
-    assert house.store.acquire_lease("second", 60.0) is not None
+    assert not is_led(house.store)
 
 
 def test_an_orderly_stop_without_the_lease_is_the_other_schedulers_business(house, scheduler):
     job_id = house.start(scheduler)
-    house.store.release_lease(house.store.acquire_lease("first", 60.0))
-    assert house.store.acquire_lease("second", 60.0)
+    house.store.release_lease(house.lease())
+    lead(house.store, "second")
     scheduler.stop_all(deadline_s=DEADLINE_S)
     assert house.store.get(job_id).status is JobStatus.RUNNING
     assert house.cluster.stop_reasons(job_id, 1) == []
-    assert house.store.acquire_lease("third", 60.0) is None
+    assert house.lease().holder == "second"
 
 
 def test_an_orderly_stop_takes_a_lease_again_that_only_ran_out(house):
@@ -265,7 +266,7 @@ def test_a_scheduler_that_never_led_stops_at_once(house):
     other.step()
     other.stop_all(deadline_s=DEADLINE_S)
     assert house.cluster.stop_reasons(job_id, 1) == []
-    assert house.store.acquire_lease("third", 60.0) is None
+    assert house.lease().holder == "first"
 
 
 def test_the_loop_waits_longer_when_there_is_nothing_to_do(house, scheduler):

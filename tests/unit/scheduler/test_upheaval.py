@@ -122,7 +122,7 @@ class Upheaval:
         """Let a node come or go, or the scheduler die."""
         if self.random.random() < 0.5:
             self.num_schedulers += 1
-            self.house.store.release_lease(self.house.store.acquire_lease(self.scheduler._holder, 60.0))
+            self.house.store.release_lease(self.house.lease())
             self.scheduler = self.house.scheduler(f"scheduler-{self.num_schedulers}")
             return
         self.house.cluster.alive = tuple(node for node in NODES if self.random.random() < 0.7)

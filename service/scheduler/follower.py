@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence, Set
 from datetime import datetime
 
-from service.domain.job import AttemptStatus, Failure, Job, Outcome, Reason
+from service.domain.job import Attempt, AttemptStatus, Failure, Job, Outcome, Reason
 from service.domain.journal import CheckpointWritten, Ended, JournalRecord, Resumed, utc_now
 from service.domain.keeping import to_remove
 from service.domain.ports import (
@@ -17,6 +17,7 @@ from service.domain.ports import (
     SchedulerStore,
     SupervisorState,
 )
+from service.scheduler.crash_points import CrashPoint, reach
 from service.scheduler.launches import LaunchFactory
 from service.scheduler.sweeper import Sweeper
 
@@ -69,6 +70,13 @@ class AttemptFollower:
         """Say on which nodes a job that is resized may go on; on none of them while the service stops."""
         self._usable_nodes = node_ids
 
+    def launch(self, job: Job, attempt: Attempt) -> None:
+        """Ask for the supervisor of an attempt, which has a row by now."""
+        launch = self._make_launch(job, attempt)
+        reach(CrashPoint.BEFORE_LAUNCH)
+        self._cluster.launch(launch)
+        reach(CrashPoint.AFTER_LAUNCH)
+
     def follow(self, lease: Lease, live: LiveAttempt) -> None:
         """Do what there is to do for one attempt, without waiting for it."""
         job_id, number = live.job.id, live.attempt.number
@@ -99,11 +107,13 @@ class AttemptFollower:
         now = time.monotonic()
         if key not in self._launched_at or now - self._launched_at[key] > LAUNCH_REPEAT_S:
             self._launched_at[key] = now
-            self._cluster.launch(self._make_launch(live.job, live.attempt))
+            self.launch(live.job, live.attempt)
 
     def _take(self, lease: Lease, live: LiveAttempt, records: Sequence[JournalRecord]) -> bool:
         """Store records; True if they end the attempt, which is then sealed."""
+        reach(CrashPoint.BEFORE_RECORD)
         self._store.ingest(lease, live.job.id, live.attempt.number, records)
+        reach(CrashPoint.AFTER_RECORD)
         for record in records:
             if isinstance(record.report, Ended):
                 self._seal(lease, live, record.report.outcome, record.report.reason, record.report.failure)
@@ -155,6 +165,7 @@ class AttemptFollower:
 
     def _seal(self, lease: Lease, live: LiveAttempt, outcome: Outcome, reason: Reason, failure: Failure | None) -> None:
         job_id, number = live.job.id, live.attempt.number
+        reach(CrashPoint.BEFORE_RESULT)
         job = self._store.seal_attempt(
             lease,
             job_id,
@@ -164,6 +175,7 @@ class AttemptFollower:
             failure=failure,
             next_node_ids=self._next_places(live),
         )
+        reach(CrashPoint.AFTER_RESULT)
         logger.info("%s attempt %d ended: %s (%s); the job is %s", job_id, number, outcome, reason, job.status)
         self._cluster.close(job_id, number)
         for times in (self._launched_at, self._stop_asked_at, self._stop_first_asked_at):

@@ -9,6 +9,7 @@ from service.domain.job import AttemptStatus, Reason
 from service.domain.placement import Node
 from service.domain.ports import Cluster, HeldBack, Lease, RunFiles, SchedulerStore
 from service.scheduler.admission import admit
+from service.scheduler.crash_points import CrashPoint, reach
 from service.scheduler.elasticity import decide_resizes
 from service.scheduler.follower import AttemptFollower
 from service.scheduler.launches import LaunchFactory
@@ -49,7 +50,6 @@ class Scheduler:
         self._leadership = leadership
         self._store = store
         self._cluster = cluster
-        self._make_launch = make_launch
         self._resize_interval_s = resize_interval_s
         self._closed_forgotten_in_epoch: int | None = None
         self._nodes: tuple[Node, ...] = ()
@@ -192,9 +192,11 @@ class Scheduler:
             return 0
         starts, waits = admit(queued, self._store.live_attempts(), self._nodes)
         for start in starts:
+            reach(CrashPoint.BEFORE_CLAIM)
             attempt = self._store.create_attempt(self._leadership.keep(), start.job.id, node_ids=start.node_ids)
+            reach(CrashPoint.AFTER_CLAIM)
             if attempt is not None:
-                self._cluster.launch(self._make_launch(start.job, attempt))
+                self._follower.launch(start.job, attempt)
         for wait in waits:
             if wait.message != wait.job.message:
                 self._store.set_message(lease, wait.job.id, wait.message)

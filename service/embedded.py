@@ -21,10 +21,10 @@ import psutil
 
 from service.child import Child
 from service.cluster.head import head_address, head_command, ray_environment
+from service.cluster.rank_directory import clear_work_dir
 from service.domain.errors import Unavailable
 from service.linux import become_subreaper
 from service.settings import Settings
-from service.storage.node_cache import remove_tree
 from service.wiring import migrate_database
 
 SERVICE_FILE = "service.json"
@@ -72,7 +72,8 @@ class EmbeddedService:
         _write_secret(ray_token_path, secrets.token_hex(32))
         memory_bytes = psutil.virtual_memory().total
         num_gpus = _count_gpus() if num_gpus is None else num_gpus
-        remove_tree(data_dir / "node")
+        for work_dir in (data_dir / "node").glob("*"):
+            clear_work_dir(work_dir)
         self._settings = settings.model_copy(update={"data_dir": data_dir, "token": token})
         self._environment = ray_environment(ray_token_path) | {
             "SYNCBN_DATA_DIR": str(data_dir),

@@ -1,4 +1,4 @@
-"""What ties processes to their owners on Linux."""
+"""What Linux has and Python does not: ties of processes to their owners, and holes in files."""
 
 import ctypes
 import os
@@ -7,6 +7,8 @@ import signal
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
 
 
 def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
@@ -41,6 +43,24 @@ def group_is_alive(pgid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def punch_hole(descriptor: int, offset: int, num_bytes: int) -> None:
+    """Give back the room on disk of a part of a file, which then reads as zeros; its size stays.
+
+    Args:
+        descriptor: of a file that is open for writing.
+        offset: of the part; its whole blocks are given back.
+        num_bytes: how long it is.
+
+    Raises:
+        OSError: the file system cannot.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    if libc.fallocate64(descriptor, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, num_bytes) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
 
 
 def _prctl(option: int, argument: int) -> None:

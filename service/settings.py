@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.domain.ports import MAX_LOG_BYTES
 from service.domain.uploads import MAX_BUNDLE_BYTES, MAX_DATASET_BYTES, NODE_CACHE_BYTES, PREPARE_TIMEOUT_S
 
 
@@ -33,6 +34,7 @@ class Settings(BaseSettings):
         max_dataset_bytes: largest file of data that may be uploaded.
         upload_dir: local directory in which the API keeps a body until it is whole and checked.
         node_cache_bytes: most that a node keeps of bundles, files of data and environments, but for those in use.
+        max_log_bytes: most that run storage keeps of what a rank of an attempt prints.
         lease_ttl_s: how long a leader may be silent, by the clock of whoever watches it, before another takes over.
         collective_timeout_s: how long a rank waits for its peers.
         start_timeout_s: how long the ranks of an attempt may take to start.
@@ -58,6 +60,7 @@ class Settings(BaseSettings):
     max_dataset_bytes: Annotated[int, Field(ge=1)] = MAX_DATASET_BYTES
     upload_dir: Path | None = None
     node_cache_bytes: Annotated[int, Field(ge=0)] = NODE_CACHE_BYTES
+    max_log_bytes: Annotated[int, Field(ge=2**20)] = MAX_LOG_BYTES
     lease_ttl_s: Annotated[float, Field(gt=0)] = 5.0
     collective_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     start_timeout_s: Annotated[float, Field(gt=0)] = 60.0

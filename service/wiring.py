@@ -119,6 +119,7 @@ def run_scheduler(settings: Settings) -> None:
             start_timeout_s=settings.start_timeout_s,
             prepare_timeout_s=settings.prepare_timeout_s,
             node_cache_bytes=settings.node_cache_bytes,
+            max_log_bytes=settings.max_log_bytes,
             stop_grace_s=settings.stop_grace_s,
         ),
         launch_timeout_s=settings.start_timeout_s,

@@ -71,6 +71,7 @@ from service.domain.ports import (
     Lease,
     LeaseState,
     LiveAttempt,
+    LogPart,
 )
 from service.domain.queue import DEFAULT_QUEUE, Queue, QueueState
 from service.domain.retry import NextStep, after_attempt
@@ -845,11 +846,15 @@ def _decode_cursor(cursor: str) -> int:
 
 
 class FakeRunFiles:
-    """``RunFiles`` in memory: ``files`` by path, ``logs`` by (job, attempt, rank), ``journals`` by (job, attempt)."""
+    """``RunFiles`` in memory: ``files`` by path, ``logs`` by (job, attempt, rank), ``journals`` by (job, attempt).
+
+    ``log_starts`` says where a log begins that is not kept whole.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.logs: dict[tuple[str, int, int], bytes] = {}
+        self.log_starts: dict[tuple[str, int, int], int] = {}
         self.journals: dict[tuple[str, int], list[JournalRecord]] = {}
         self.launched: set[tuple[str, int]] = set()
 
@@ -862,8 +867,9 @@ class FakeRunFiles:
     def log_size(self, job_id: str, attempt: int, rank: int) -> int:
         return len(self.logs.get((job_id, attempt, rank), b""))
 
-    def read_log(self, job_id: str, attempt: int, rank: int, start: int, stop: int) -> bytes:
-        return self.logs.get((job_id, attempt, rank), b"")[start:stop]
+    def read_log(self, job_id: str, attempt: int, rank: int, start: int, num_bytes: int) -> LogPart:
+        start = max(start, self.log_starts.get((job_id, attempt, rank), 0))
+        return LogPart(start=start, content=self.logs.get((job_id, attempt, rank), b"")[start : start + num_bytes])
 
     def prevent_launch(self, job_id: str, attempt: int) -> bool:
         return not self.was_launched(job_id, attempt)

@@ -1,7 +1,7 @@
 """What the routes take from a query and what they answer; jobs and their parts are the domain's own models."""
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -65,6 +65,38 @@ class LogQuery(Query):
     )
     limit: Annotated[int, Field(ge=1, le=2**23, description="most bytes of the answer")] = 2**20
     tail: Annotated[int | None, Field(ge=1, le=10**6, description="the last lines only; not with offset")] = None
+
+
+class LogSearchQuery(Query):
+    """What to look for, and in which logs."""
+
+    q: Annotated[str, Field(min_length=1, max_length=1000, pattern=PRINTABLE, description="part of a line")]
+    regex: Annotated[bool, Field(description="q is a regular expression in RE2's syntax")] = False
+    ignore_case: bool = False
+    attempt: Annotated[
+        Annotated[int, Field(ge=1, le=MAX_STEP)] | Literal["all"] | None,
+        Field(description="the current one by default"),
+    ] = None
+    rank: Annotated[int | None, Field(ge=0, le=MAX_STEP, description="all by default")] = None
+    limit: Annotated[int, Field(ge=1, le=1000, description="most lines of the answer")] = 100
+    cursor: Annotated[str | None, Field(max_length=500, pattern=r"^[!-~]+$", description="where to go on")] = None
+
+
+class LogMatch(BaseModel):
+    """A line that matches."""
+
+    attempt: int
+    rank: int
+    offset: Annotated[int, Field(description="of the line's first byte")]
+    text: Annotated[str, Field(description="the line; of one longer than 2000 characters the part around the match")]
+    is_cut: Annotated[bool, Field(description="whether the text is only a part of the line")]
+
+
+class LogMatches(BaseModel):
+    """The lines that match, by attempt, rank and offset."""
+
+    matches: list[LogMatch]
+    next_cursor: Annotated[str | None, Field(description="where to go on; null once everything was searched")]
 
 
 class UploadListQuery(Query):

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from service.cli import lifecycle, queues, uploads
+from service.cli import lifecycle, logs, queues, uploads
 from service.cli.arguments import ChangesOption, FormatOption, JobArgument, TimeoutOption
 from service.cli.commands import Commands
 from service.cli.exit_codes import ExitCode
@@ -27,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(lifecycle.app)
+app.add_typer(logs.app)
 app.add_typer(uploads.app)
 app.add_typer(queues.app, name="queue")
 
@@ -215,36 +216,6 @@ def get(context: typer.Context, job_id: JobArgument, output: FormatOption = Form
 def watch(context: typer.Context, job_id: JobArgument, timeout_s: TimeoutOption = None) -> None:
     """Watch a job to its end; exits with 0, 3 (failed) or 5 (cancelled)."""
     _watch(context.obj, job_id, timeout_s)
-
-
-@app.command()
-def logs(
-    context: typer.Context,
-    job_id: JobArgument,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
-    rank: Annotated[int, typer.Option(min=0, help="Of which rank.")] = 0,
-    attempt: Annotated[int | None, typer.Option(min=1, help="Of which attempt; else the current one.")] = None,
-    tail: Annotated[int | None, typer.Option(min=1, help="Only the last lines.")] = None,
-) -> None:
-    """Print what a rank printed."""
-    import codecs
-
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    with context.obj.client() as client:
-        offset = 0
-        if tail is not None:
-            chunk = client.log(job_id, attempt=attempt, rank=rank, tail=tail)
-            show(decoder.decode(chunk.content), end="")
-            offset = chunk.next_offset
-        if follow:
-            for chunk in client.follow_log(job_id, attempt=attempt, rank=rank, offset=offset):
-                show(decoder.decode(chunk.content), end="")
-        elif tail is None:
-            chunk = client.log(job_id, attempt=attempt, rank=rank)
-            while chunk.content:
-                show(decoder.decode(chunk.content), end="")
-                chunk = client.log(job_id, attempt=chunk.attempt, rank=rank, offset=chunk.next_offset)
-    show(decoder.decode(b"", final=True), end="")
 
 
 @app.command()

@@ -77,15 +77,37 @@ class LogChunk:
 
     Attributes:
         attempt: its number; 0 before the first.
+        rank: which rank of it.
+        start: offset of the first byte; later than what was asked for where that is no longer kept.
         content: the bytes, which may begin or end within a character.
         next_offset: where the log goes on.
         ended: whether the attempt had ended when this was read.
     """
 
     attempt: int
+    rank: int
+    start: int
     content: bytes
     next_offset: int
     ended: bool
+
+
+class LogMatch(Answer):
+    """A line that a rank printed and that was searched for.
+
+    Attributes:
+        attempt: number of the attempt.
+        rank: which rank of it.
+        offset: of the line's first byte in the rank's log.
+        text: the line; of a long one the part around the match.
+        is_cut: whether that is only a part of it.
+    """
+
+    attempt: int
+    rank: int
+    offset: int
+    text: str
+    is_cut: bool
 
 
 def node_of(data: dict[str, Any]) -> Node:

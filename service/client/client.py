@@ -5,14 +5,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from service.client.answers import JobPlan, LogChunk, Series, node_of, queue_state_of
+from service.client.answers import JobPlan, LogChunk, LogMatch, Series, node_of, queue_state_of
 from service.client.bundling import open_bundle
 from service.client.connection import Connection
 from service.client.discovery import Endpoint
@@ -31,6 +32,7 @@ MANIFEST = "manifest.json"
 POLL_S = 0.3
 
 Model = TypeVar("Model", bound=BaseModel)
+Answered = TypeVar("Answered")
 _TIME = TypeAdapter[datetime | None](datetime | None)
 
 
@@ -211,6 +213,8 @@ class Client:
         try:
             return LogChunk(
                 attempt=int(response.headers["Log-Attempt"]),
+                rank=rank,
+                start=int(response.headers["Log-Start-Offset"]),
                 content=response.content,
                 next_offset=int(response.headers["Log-Next-Offset"]),
                 ended=response.headers["Log-Ended"] == "true",
@@ -245,6 +249,69 @@ class Client:
                 number, at = job.attempt, 0
             else:
                 time.sleep(POLL_S)
+
+    def follow_logs(self, job_id: str, *, attempt: int | None = None) -> Iterator[LogChunk]:
+        """Yield what all ranks print, as ``follow_log`` does for one; their chunks come in turns."""
+        patience = self._patience()
+        number = 0
+        while True:
+            job = _patiently(patience, lambda: self.get(job_id))
+            wanted = attempt or job.attempt
+            if wanted > number:
+                number = wanted
+                attempts = _patiently(patience, lambda: self.attempts(job_id))
+                world_size = next((one.world_size for one in attempts if one.number == number), 1)
+                yield from self._follow_attempt(job_id, number, world_size, patience)
+                if attempt is not None:
+                    return
+            elif job.status.is_terminal:
+                return
+            else:
+                time.sleep(POLL_S)
+
+    def _follow_attempt(self, job_id: str, number: int, world_size: int, patience: Patience) -> Iterator[LogChunk]:
+        offsets = dict.fromkeys(range(world_size), 0)
+        while offsets:
+            is_quiet = True
+            for rank, offset in list(offsets.items()):
+                chunk = _patiently(patience, partial(self.log, job_id, attempt=number, rank=rank, offset=offset))
+                offsets[rank] = chunk.next_offset
+                if chunk.content:
+                    is_quiet = False
+                    yield chunk
+                elif chunk.ended:
+                    del offsets[rank]
+            if is_quiet and offsets:
+                time.sleep(POLL_S)
+
+    def search_log(
+        self,
+        job_id: str,
+        text: str,
+        *,
+        regex: bool = False,
+        ignore_case: bool = False,
+        rank: int | None = None,
+        attempt: int | Literal["all"] | None = None,
+    ) -> Iterator[LogMatch]:
+        """Yield the lines that ranks of a job printed and that contain a text, as they are found.
+
+        Args:
+            job_id: of which job.
+            text: part of a line.
+            regex: the text is a regular expression in RE2's syntax.
+            ignore_case: upper and lower case make no difference.
+            rank: of which rank; all by default.
+            attempt: of which attempt; the current one by default.
+        """
+        params = _given({"q": text, "rank": rank, "attempt": attempt, "limit": 1000})
+        params |= {"regex": regex, "ignore_case": ignore_case}
+        while True:
+            data = self._connection.json("GET", f"{_path(job_id)}/logs/search", params=params)
+            yield from _parse_all(LogMatch, data, "matches")
+            if data.get("next_cursor") is None:
+                return
+            params["cursor"] = data["next_cursor"]
 
     def stream(self, job_id: str, *, after: int = 0) -> Iterator[StreamItem]:
         """Yield events and metric points as they come, in order, until the job has ended.
@@ -415,6 +482,19 @@ def _path(job_id: str) -> str:
 
 def _given(params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if value is not None}
+
+
+def _patiently(patience: Patience, ask: Callable[[], Answered]) -> Answered:
+    """Ask until the service answers. Raises ``ServiceUnreachable`` when patience is at its end."""
+    while True:
+        try:
+            answer = ask()
+        except ServiceUnreachable:
+            if not patience.pause():
+                raise
+        else:
+            patience.renew()
+            return answer
 
 
 def _parse(model: type[Model], data: object) -> Model:

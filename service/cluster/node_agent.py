@@ -1,15 +1,18 @@
 """The actor that owns a node's forkserver; one per node, detached, restarted when it dies."""
 
+import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 import ray
 
-from service.storage.node_cache import remove_tree
+from service.cluster.rank_directory import clear_abandoned, clear_work_dir
 
 ENTRY = "service.training.rank:main"
 PRELOAD = ("service.training.rank", "torch._dynamo")
@@ -21,13 +24,18 @@ PASSED_NAMES = frozenset(
 PASSED_PREFIXES = ("LC_", "LD_", "PYTHON", "CUDA", "NVIDIA_", "NCCL_", "GLOO_", "TORCH", "OMP_", "MKL_", "GLIBC_")
 # Comma-separated names of further variables to pass on, where the operator says so.
 PASS_ENVIRONMENT = "SYNCBN_PASS_ENVIRONMENT"  # noqa: S105 - the name of a variable
+# How soon the last lines of a rank whose actor was killed are in run storage.
+LOOK_FOR_ABANDONED_S = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 class NodeAgent:
     """Keeps the node's forkserver running and says how to reach it.
 
     Args:
-        work_dir: node-local directory for logs and staged checkpoints; its contents go when an agent starts.
+        work_dir: node-local directory for logs and staged checkpoints. What is in this node's part of it goes when an
+            agent starts, but for logs that are not shipped yet.
 
     Raises:
         RuntimeError: the forkserver ended before it was ready.
@@ -36,14 +44,25 @@ class NodeAgent:
     def __init__(self, work_dir: str) -> None:
         # One node's agents share the parent; several nodes may share one machine.
         self._work_dir = Path(work_dir) / ray.get_runtime_context().get_node_id()
-        remove_tree(self._work_dir)
+        clear_work_dir(self._work_dir)
         self._start()
+        threading.Thread(target=self._clear_abandoned_forever, name="abandoned", daemon=True).start()
 
     def forkserver(self) -> tuple[str, str]:
         """Return the forkserver's socket name and the node's work directory. One that died is replaced first."""
         if self._forkserver.poll() is not None:
             self._start()
         return self._socket_name, str(self._work_dir)
+
+    def _clear_abandoned_forever(self) -> None:
+        while True:
+            # Also below the names that this machine had as another node, before it was restarted.
+            for work_dir in self._work_dir.parent.glob("*"):
+                try:
+                    clear_abandoned(work_dir)
+                except OSError as error:
+                    logger.warning("What was abandoned in %s could not be cleared: %s", work_dir, error)
+            time.sleep(LOOK_FOR_ABANDONED_S)
 
     def _start(self) -> None:
         self._work_dir.mkdir(parents=True, mode=0o700, exist_ok=True)

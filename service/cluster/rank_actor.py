@@ -18,7 +18,7 @@ from service.cluster.forkserver import RENDEZVOUS_FD, ForkRequest
 from service.cluster.log_shipper import SHIP_INTERVAL_S, LogShipper, ShippingThread
 from service.cluster.names import node_agent_name
 from service.cluster.preparation import Preparation
-from service.cluster.rank_directory import RankDirectory, remove_abandoned
+from service.cluster.rank_directory import RankDirectory, RankOwner, clear_abandoned
 from service.cluster.rank_end import RankEnd
 from service.cluster.report_sender import ReportSender
 from service.domain.errors import UserCodeRefused
@@ -29,6 +29,7 @@ from service.domain.spec import STORED
 from service.storage.checkpoints import fetch_checkpoint
 from service.storage.layout import log_dir
 from service.storage.object_store import ObjectStore
+from service.storage.segments import SegmentWriter
 
 # A dead peer's memory may take the kernel a while to tear down.
 FORK_TIMEOUT_S = 30.0
@@ -89,13 +90,12 @@ class RankActor:
         """
         self._store.check_identity(self._launch.storage_id)
         self._work_dir = Path(self._find_forkserver()[1])
-        remove_abandoned(self._work_dir)
-        self._directory = RankDirectory(
-            self._work_dir, job_id=self._launch.job_id, attempt=self._launch.attempt, rank=self._rank
-        )
-        self._shipper = LogShipper(
-            self._log_path, self._store, log_dir(self._launch.job_id, self._launch.attempt, self._rank)
-        )
+        clear_abandoned(self._work_dir)
+        self._directory = RankDirectory(self._work_dir, RankOwner.of(self._launch, self._rank))
+        directory = log_dir(self._launch.job_id, self._launch.attempt, self._rank)
+        max_bytes = self._launch.max_log_bytes
+        segments = SegmentWriter(self._store, directory, max_bytes=max_bytes)
+        self._shipper = LogShipper(self._log_path, segments, max_bytes=max_bytes)
         try:
             with open(os.open(self._log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as log:
                 self._preparation = Preparation.fetch(self._launch, self._store, self._work_dir / "cache", log)
@@ -170,7 +170,7 @@ class RankActor:
     @property
     def _log_path(self) -> Path:
         assert self._directory is not None
-        return self._directory.path / "output.log"
+        return self._directory.log_path
 
     def _find_forkserver(self) -> tuple[str, str]:
         """Return the socket name of this node's forkserver and its work directory; waits for one being replaced."""
@@ -214,11 +214,12 @@ class RankActor:
         while conversation.receive(self._channel):
             pass
         end = conversation.close(exit_status)
-        shipping.finish()
+        is_shipped = shipping.finish()
         self._channel.close()
         self._process.close()
         assert self._directory is not None
-        self._directory.remove()
+        if is_shipped:  # else this node's agent goes on with it once this actor is gone
+            self._directory.remove()
         if self._preparation is not None:
             self._preparation.close()
         return end

@@ -27,6 +27,8 @@ from service.domain.uploads import NODE_CACHE_BYTES, PREPARE_TIMEOUT_S
 
 # How long the last checkpoint of an attempt may take to reach run storage once its process is gone.
 UPLOAD_TIMEOUT_S = 600.0
+# Most that is kept of what a rank of an attempt prints; the newest.
+MAX_LOG_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -463,6 +465,7 @@ class Launch:
         stop_grace_s: how long a rank that was asked to stop may take for its checkpoint.
         prepare_timeout_s: how long a node may take, before its ranks start, to get what the job brings.
         node_cache_bytes: most that a node keeps of such things, but for those in use.
+        max_log_bytes: most that is kept of what a rank prints.
     """
 
     job_id: str
@@ -478,6 +481,7 @@ class Launch:
     forked_from: Origin | None = None
     prepare_timeout_s: float = PREPARE_TIMEOUT_S
     node_cache_bytes: int = NODE_CACHE_BYTES
+    max_log_bytes: int = MAX_LOG_BYTES
 
 
 class SupervisorState(StrEnum):
@@ -524,6 +528,19 @@ class Cluster(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class LogPart:
+    """A part of a log.
+
+    Attributes:
+        start: offset of its first byte.
+        content: the bytes.
+    """
+
+    start: int
+    content: bytes
+
+
 class RunFiles(Protocol):
     """What API and scheduler need of run storage. Paths are relative to its root."""
 
@@ -536,11 +553,11 @@ class RunFiles(Protocol):
         ...
 
     def log_size(self, job_id: str, attempt: int, rank: int) -> int:
-        """Return the bytes logged by a rank so far; 0 if none."""
+        """Return the bytes logged by a rank so far, those that are no longer kept among them; 0 if none."""
         ...
 
-    def read_log(self, job_id: str, attempt: int, rank: int, start: int, stop: int) -> bytes:
-        """Return the bytes ``[start, stop)`` of a rank's log, as far as they exist."""
+    def read_log(self, job_id: str, attempt: int, rank: int, start: int, num_bytes: int) -> LogPart:
+        """Return at most ``num_bytes`` of a rank's log from an offset on, or from the first later byte that is kept."""
         ...
 
     def was_launched(self, job_id: str, attempt: int) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from service.domain.job import Attempt, Job
-from service.domain.ports import Launch, SchedulerStore
+from service.domain.ports import MAX_LOG_BYTES, Launch, SchedulerStore
 from service.domain.uploads import NODE_CACHE_BYTES, PREPARE_TIMEOUT_S
 
 
@@ -20,6 +20,7 @@ class LaunchFactory:
         stop_grace_s: how long a rank that was asked to stop may take for its last checkpoint.
         prepare_timeout_s: how long a node may take to get what a job brings.
         node_cache_bytes: most that a node keeps of such things.
+        max_log_bytes: most that is kept of what a rank prints.
     """
 
     store: SchedulerStore
@@ -30,6 +31,7 @@ class LaunchFactory:
     stop_grace_s: float
     prepare_timeout_s: float = PREPARE_TIMEOUT_S
     node_cache_bytes: int = NODE_CACHE_BYTES
+    max_log_bytes: int = MAX_LOG_BYTES
 
     def __call__(self, job: Job, attempt: Attempt) -> Launch:
         """Return the launch of an attempt."""
@@ -47,4 +49,5 @@ class LaunchFactory:
             forked_from=job.forked_from,
             prepare_timeout_s=self.prepare_timeout_s,
             node_cache_bytes=self.node_cache_bytes,
+            max_log_bytes=self.max_log_bytes,
         )

@@ -189,6 +189,11 @@ class ObjectStore:
         with suppress(NotFound), refusals_of(self.url, path):
             self._fs.rm(self._full(path), recursive=True)
 
+    def remove_file(self, path: str) -> None:
+        """Remove a file, in one request; nothing if it is not there."""
+        with suppress(NotFound), refusals_of(self.url, path):
+            self._fs.rm_file(self._full(path))
+
     def local_path(self, path: str) -> Path:
         """Return where a file lies on this machine; only for a local root."""
         assert self.is_local

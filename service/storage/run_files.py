@@ -4,11 +4,12 @@ import time
 from collections.abc import Iterator, Set
 
 from service.domain.journal import JournalRecord
+from service.domain.ports import LogPart
 from service.storage.journal_file import read_journal
 from service.storage.layout import UPLOAD_DIRS, checkpoints_dir, launch_marker, log_dir
 from service.storage.manifest import MANIFEST_NAME
 from service.storage.object_store import ObjectStore
-from service.storage.segments import read_sequence, sequence_size
+from service.storage.segments import read_kept, sequence_range
 
 
 class StoredRunFiles:
@@ -30,12 +31,13 @@ class StoredRunFiles:
         return self._store.read(path, start, stop)
 
     def log_size(self, job_id: str, attempt: int, rank: int) -> int:
-        """Return the bytes logged by a rank so far; 0 if none."""
-        return sequence_size(self._store, log_dir(job_id, attempt, rank))
+        """Return the bytes logged by a rank so far, those that are no longer kept among them; 0 if none."""
+        return sequence_range(self._store, log_dir(job_id, attempt, rank))[1]
 
-    def read_log(self, job_id: str, attempt: int, rank: int, start: int, stop: int) -> bytes:
-        """Return the bytes ``[start, stop)`` of a rank's log, as far as they exist."""
-        return read_sequence(self._store, log_dir(job_id, attempt, rank), start, stop)
+    def read_log(self, job_id: str, attempt: int, rank: int, start: int, num_bytes: int) -> LogPart:
+        """Return at most ``num_bytes`` of a rank's log from an offset on, or from the first later byte that is kept."""
+        first, content = read_kept(self._store, log_dir(job_id, attempt, rank), start, num_bytes)
+        return LogPart(start=first, content=content)
 
     def was_launched(self, job_id: str, attempt: int) -> bool:
         """Return whether a supervisor has taken the attempt's launch marker."""

@@ -77,6 +77,26 @@ def test_kill_minus_9(service: EmbeddedServiceProcess, undisturbed: dict[str, by
     assert not any(map(is_alive, training_pids)), "training processes live on after the job's end"
 
 
+def test_what_a_rank_printed_last_outlives_its_actor(service: EmbeddedServiceProcess) -> None:
+    job_id = service.submit(digits_job(steps=NUM_STEPS, retry={"budget": 0}))
+    service.wait_for_step(job_id, 1)
+    actor = service.pid_by_title("ray::RankActor")
+    os.kill(actor, signal.SIGSTOP)  # it ships nothing more
+    for log in service.data_dir.glob(f"node/*/{job_id}/1/rank-*/output.log"):
+        with log.open("ab") as file:
+            file.write(f"last words of {log.parent.name}\n".encode())
+    os.kill(actor, signal.SIGKILL)
+    assert service.wait_for_end(job_id)["status"] == "failed"
+
+    def found() -> list[str]:
+        answer = service.get(f"/v1/jobs/{job_id}/logs/search?q=last words")
+        return [f"{match['rank']}: {match['text']}" for match in answer["matches"]]
+
+    expected = ["0: last words of rank-0", "1: last words of rank-1"]
+    wait_until(lambda: found() == expected, 15, lambda: f"{found()}\n{service.all_logs()}")
+    wait_until(lambda: not list(service.data_dir.glob(f"node/*/{job_id}/1/rank-*")), 15, service.all_logs)
+
+
 def test_the_kernel_would_end_training_first(service: EmbeddedServiceProcess) -> None:
     job_id = service.submit(digits_job(steps=2000))
     service.wait_for_step(job_id, 1)

@@ -8,6 +8,11 @@ import pytest
 
 from service.cluster import node_agent
 from service.cluster.node_agent import NodeAgent
+from service.cluster.rank_directory import RankDirectory, RankOwner
+from service.storage.layout import launch_marker, log_dir
+from service.storage.object_store import ObjectStore
+from service.storage.segments import read_sequence
+from tests.fakes import wait_for
 from tests.integration.cluster.forking import DEADLINE_S, ENTRY, ROOT, Owner
 
 
@@ -49,6 +54,26 @@ def test_no_secret_of_the_service_or_of_ray_reaches_a_training_process(start_age
     assert environment["USERS_OWN"] == "kept"
     assert environment["NCCL_DEBUG"] == "WARN"
     assert environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_an_agent_ships_what_is_left_of_the_logs_of_killed_ranks(start_agent, tmp_path):
+    """Also of those that ran here when this machine was another node, before it was restarted."""
+    store = ObjectStore(str(tmp_path / "runs"))
+    fields = {"job_id": "job", "attempt": 1, "storage_url": store.url, "storage_id": store.identify()}
+    store.create_exclusively(launch_marker("job", 1), b"17")
+    ranks = []
+    for rank, node in enumerate(("node-1", "an-earlier-node", "node-1")):
+        owner = RankOwner(rank=rank, max_log_bytes=1 << 20, **fields)
+        ranks.append(RankDirectory(tmp_path / "work" / node, owner))
+        ranks[-1].log_path.write_bytes(b"last words of %d\n" % rank)
+    for rank in ranks[:2]:
+        os.close(rank._hold)  # as the kernel does when an actor is killed
+    agent = start_agent()
+    wait_for(lambda: not ranks[0].path.exists() and not ranks[1].path.exists())
+    assert agent.forkserver()
+    assert read_sequence(store, log_dir("job", 1, 0), 0) == b"last words of 0\n"
+    assert read_sequence(store, log_dir("job", 1, 1), 0) == b"last words of 1\n"
+    assert ranks[2].log_path.read_bytes() == b"last words of 2\n"
 
 
 def test_a_new_agent_clears_what_an_earlier_one_left(start_agent, tmp_path):

@@ -94,6 +94,22 @@ def test_logs_in_parts(service, api, job):
     assert api.get(f"/v1/jobs/{job.id}/logs").content == b""  # rank 0 printed nothing
 
 
+def test_logs_that_are_not_kept_whole(service, api, job):
+    service.scheduler.start(job.id)
+    service.files.logs[job.id, 1, 0] = b"old\nnew\nnewer\n"
+    service.files.log_starts[job.id, 1, 0] = 4
+
+    def log(**params):
+        answer = api.get(f"/v1/jobs/{job.id}/logs", params=params)
+        return answer.text, answer.headers["Log-Start-Offset"], answer.headers["Log-Next-Offset"]
+
+    assert log() == ("new\nnewer\n", "4", "14")
+    assert log(offset=2, limit=4) == ("new\n", "4", "8")
+    assert log(offset=8) == ("newer\n", "8", "14")
+    assert log(tail=1) == ("newer\n", "8", "14")
+    assert log(tail=9) == ("new\nnewer\n", "4", "14")
+
+
 def test_logs_of_an_earlier_attempt(service, api, job):
     service.scheduler.start(job.id)
     service.files.logs[job.id, 1, 0] = b"first\n"

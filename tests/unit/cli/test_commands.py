@@ -155,9 +155,19 @@ def test_logs(service, cli):
     assert cli("logs", job.id, "--tail", 1).stdout == "ü\n"
     assert cli("logs", job.id, "--rank", 1).stdout == "one\n"
     assert cli("logs", job.id, "--rank", 2).exit_code == 1
+    for wrong in (("--rank", "x"), ("--rank", -1), ("--attempt", 0), ("--attempt", "all"), ("--regex",)):
+        assert cli("logs", job.id, *wrong).exit_code == 2, wrong
+    assert cli("logs", job.id, "--tail", 1, "--rank", "all").stdout == "rank 0| ü\nrank 1| one\n"
+    found = cli("logs", job.id, "--search", "E$", "--regex", "-i", "--rank", 1)
+    assert (found.exit_code, found.stdout) == (0, "rank 1| one\n")
+    assert cli("logs", job.id, "--search", "o", "--attempt", "all").stdout.endswith("\nattempt 1 rank 1| one\n")
+    assert "No line contains 'two'" in cli("logs", job.id, "--search", "two").stderr
+    assert cli("logs", job.id, "--search", "two", "-f").exit_code == 2
     service.scheduler.end(job.id)
     assert cli("logs", job.id, "-f", "--tail", 2).stdout == "zero\nü\n"
     assert cli("logs", job.id, "-f", "--attempt", 1, "--rank", 1).stdout == "one\n"
+    lines = cli("logs", job.id, "-f", "--rank", "all").stdout.splitlines()
+    assert sorted(lines) == ["rank 0| zero"] * 300_000 + ["rank 0| ü", "rank 1| one"]
 
 
 def test_checkpoints_and_download(service, cli, tmp_path):

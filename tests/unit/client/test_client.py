@@ -3,10 +3,13 @@
 import pickle
 import threading
 import time
+from functools import partial
 
 import httpx
 import pytest
 
+from service.api.log_search import search_logs
+from service.api.routes import logs as logs_route
 from service.client.client import Client
 from service.client.errors import (
     AuthenticationError,
@@ -183,6 +186,40 @@ def test_wait_outlasts_a_restart(service):
     with Client(service.url, service.token, retry_for_s=0.01) as client:
         assert client.wait(job.id).status is JobStatus.CANCELLED
     timer.join()
+
+
+def test_search_goes_on_until_everything_was_searched(service, client, monkeypatch):
+    monkeypatch.setattr(logs_route, "search_logs", partial(search_logs, budget_s=0.0))
+    job = service.submit(workers=2)
+    service.scheduler.start(job.id)
+    for rank in range(2):
+        service.files.logs[job.id, 1, rank] = b"loss\nother\n" * 3
+    found = list(client.search_log(job.id, "LOSS", ignore_case=True))
+    assert [(match.attempt, match.rank, match.offset) for match in found] == [
+        (1, rank, offset) for rank in range(2) for offset in (0, 11, 22)
+    ]
+    assert [match.offset for match in client.search_log(job.id, "^lo", regex=True, rank=1, attempt="all")] == [
+        0,
+        11,
+        22,
+    ]
+    assert list(client.search_log(job.id, "^lo")) == []
+
+
+def test_all_ranks_are_followed_through_attempts(service, client):
+    job = service.submit(workers=2)
+    service.scheduler.start(job.id)
+    service.files.logs[job.id, 1, 0] = b"1/0\n"
+    service.files.logs[job.id, 1, 1] = b"1/1\n"
+    chunks = client.follow_logs(job.id)
+    first = [next(chunks), next(chunks)]
+    assert [(chunk.rank, chunk.content) for chunk in first] == [(0, b"1/0\n"), (1, b"1/1\n")]
+    service.scheduler.end(job.id, Outcome.LOST, Reason.RANK_LOST)
+    service.scheduler.start(job.id)
+    service.files.logs[job.id, 2, 1] = b"2/1\n"
+    service.scheduler.end(job.id)
+    assert [(chunk.attempt, chunk.rank, chunk.content) for chunk in chunks] == [(2, 1, b"2/1\n")]
+    assert [chunk.content for chunk in client.follow_logs(job.id, attempt=1)] == [b"1/0\n", b"1/1\n"]
 
 
 def test_log_and_follow(service, client):

@@ -13,7 +13,7 @@ from service.storage import segments
 from service.storage.journal_file import JournalWriter, read_journal
 from service.storage.layout import journal_dir, log_dir
 from service.storage.run_files import StoredRunFiles
-from service.storage.segments import SegmentWriter, read_sequence, sequence_size
+from service.storage.segments import SegmentWriter, read_kept, read_sequence, sequence_range
 
 # The store is shared by the examples; each has a directory of its own.
 _shared_store = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
@@ -34,13 +34,13 @@ def test_any_range_of_any_pieces_is_what_slicing_gives(quick_store, pieces, segm
         for piece in pieces:
             writer.append(piece)
         whole = b"".join(pieces)
-        assert sequence_size(quick_store, directory) == len(whole)
+        assert sequence_range(quick_store, directory) == (0, len(whole))
         assert read_sequence(quick_store, directory, 0) == whole
         assert read_sequence(quick_store, directory, start, stop) == whole[start:stop]
 
 
 def test_a_sequence_that_was_never_written_is_empty(store):
-    assert sequence_size(store, "none") == 0
+    assert sequence_range(store, "none") == (0, 0)
     assert read_sequence(store, "none", 0) == b""
     SegmentWriter(store, "none").append(b"")
     assert not store.exists("none")
@@ -60,6 +60,99 @@ def test_each_piece_is_a_file_of_its_own_in_an_object_store(memory_store):
     for piece in (b"12345", b"6", b"789"):
         writer.append(piece)
     assert memory_store.names("d") == ["000000000000000", "000000000000005", "000000000000006"]
+
+
+@_shared_store
+@given(
+    pieces=st.lists(st.integers(1, 9), min_size=1, max_size=40),
+    max_pieces=st.integers(2, 5),
+    joined_bytes=st.integers(4, 60),
+    max_bytes=st.one_of(st.none(), st.integers(8, 120)),
+    resumed_after=st.integers(0, 40),
+)
+def test_joined_dropped_and_resumed_the_newest_bytes_stay_where_they_were(
+    quick_store, pieces, max_pieces, joined_bytes, max_bytes, resumed_after
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments, "MAX_PIECES", max_pieces)
+        patch.setattr(segments, "JOINED_BYTES", joined_bytes)
+        patch.setattr(segments, "SEGMENT_BYTES", 16)
+        directory, whole = uuid.uuid4().hex, b""
+        writer = SegmentWriter(quick_store, directory, max_bytes=max_bytes)
+        for index, size in enumerate(pieces):
+            if index == resumed_after:
+                writer = SegmentWriter.resume(quick_store, directory, max_bytes=max_bytes)
+            data = bytes((len(whole) + place) % 251 for place in range(size))
+            whole += data
+            writer.append(data)
+            first, end = sequence_range(quick_store, directory)
+            assert end == writer.size == len(whole)
+            assert read_kept(quick_store, directory, 0) == (first, whole[first:])
+            # To within a segment, and one of them there always is.
+            largest = max(16 + 9, joined_bytes + 9 * max_pieces)
+            assert first == 0 if max_bytes is None else end - first <= max_bytes + largest
+
+
+def test_small_pieces_in_an_object_store_are_joined(memory_store, monkeypatch):
+    monkeypatch.setattr(segments, "MAX_PIECES", 4)
+    monkeypatch.setattr(segments, "JOINED_BYTES", 100)
+    writer = SegmentWriter(memory_store, "d")
+    for number in range(100):
+        writer.append(b"line %02d\n" % number)
+        assert len(memory_store.names("d")) <= 8 * (number + 1) // 100 + 1 + 5
+    assert read_sequence(memory_store, "d", 0) == b"".join(b"line %02d\n" % number for number in range(100))
+
+
+def test_a_reader_that_listed_pieces_before_they_were_joined_misses_none(memory_store, monkeypatch):
+    monkeypatch.setattr(segments, "MAX_PIECES", 4)
+    writer = SegmentWriter(memory_store, "d")
+    for _ in range(4):
+        writer.append(b"0123456789")
+    read, is_joined = memory_store.read, []
+
+    def join_meanwhile(path, start=0, stop=None):
+        if path.endswith("10") and not is_joined:
+            is_joined.append(True)
+            writer.append(b"0123456789")
+        return read(path, start, stop)
+
+    monkeypatch.setattr(memory_store, "read", join_meanwhile)
+    assert read_kept(memory_store, "d", 0) == (0, b"0123456789" * 5)
+    assert memory_store.names("d") == ["000000000000000", "000000000000040"]
+
+
+@pytest.mark.parametrize("refused", ["write", "remove_file"])
+def test_what_cannot_be_tidied_up_now_is_later_and_nothing_is_doubled(memory_store, monkeypatch, refused):
+    monkeypatch.setattr(segments, "MAX_PIECES", 3)
+    writer = SegmentWriter(memory_store, "d")
+    usual = getattr(memory_store, refused)
+
+    def refuse(path, *data):
+        if refused == "remove_file" or memory_store.exists(path):
+            raise OSError(errno.EACCES, "not now")
+        usual(path, *data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_store, refused, refuse)
+        for _ in range(5):
+            writer.append(b"abc")
+    assert len(memory_store.names("d")) == 5
+    assert read_sequence(memory_store, "d", 0) == b"abc" * 5
+    writer.append(b"abc")
+    assert len(memory_store.names("d")) <= 3
+    assert read_sequence(memory_store, "d", 0) == b"abc" * 6
+
+
+def test_what_is_left_out_is_read_over(local_store):
+    writer = SegmentWriter(local_store, "d", max_bytes=20)
+    writer.append(b"0123456789")
+    writer.skip_to(15)
+    writer.append(b"56789")
+    assert sequence_range(local_store, "d") == (0, 20)
+    assert read_kept(local_store, "d", 5) == (5, b"56789")
+    assert read_kept(local_store, "d", 10) == (15, b"56789")
+    writer.append(b"0")
+    assert read_kept(local_store, "d", 0) == (15, b"567890")
 
 
 def test_a_piece_that_was_refused_may_be_tried_again(store, monkeypatch):
@@ -143,7 +236,7 @@ def test_a_doubled_record_is_no_reason_to_go_on(store):
 def test_run_files_are_found_where_the_cluster_writes_them(store):
     files = StoredRunFiles(store)
     assert not files.was_launched("job", 1)
-    assert (files.log_size("job", 1, 0), files.read_log("job", 1, 0, 0, 100)) == (0, b"")
+    assert (files.log_size("job", 1, 0), files.read_log("job", 1, 0, 0, 100).content) == (0, b"")
     assert list(files.journal("job", 1, after=0)) == []
     store.create_exclusively("jobs/job/attempts/1/launched", b"17")
     assert files.was_launched("job", 1)
@@ -152,7 +245,7 @@ def test_run_files_are_found_where_the_cluster_writes_them(store):
     logs.append(b"hello ")
     logs.append(b"world\n")
     assert files.log_size("job", 1, 0) == 12
-    assert files.read_log("job", 1, 0, 3, 8) == b"lo wo"
+    assert files.read_log("job", 1, 0, 3, 5).content == b"lo wo"
     assert files.log_size("job", 1, 10) == files.log_size("job", 2, 0) == 0
     records = _records(0, 1, 2)
     JournalWriter(store, "job", 1).append(records)
@@ -168,7 +261,7 @@ def test_a_log_is_read_while_it_grows(local_store, monkeypatch):
     seen = b""
     for number in range(20):
         writer.append(f"line {number}\n".encode())
-        seen += files.read_log("job", 1, 0, len(seen), files.log_size("job", 1, 0))
+        seen += files.read_log("job", 1, 0, len(seen), files.log_size("job", 1, 0)).content
     assert seen == b"".join(f"line {number}\n".encode() for number in range(20))
 
 

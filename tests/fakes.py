@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,7 +74,7 @@ from service.domain.ports import (
     LogPart,
 )
 from service.domain.queue import DEFAULT_QUEUE, Queue, QueueState
-from service.domain.retry import NextStep, after_attempt
+from service.domain.retry import Ending, NextStep, after_attempt, describe_retry
 from service.domain.spec import JobSpec, parse_spec
 from tests.fake_uploads import FakeUploadFiles, FakeUploadStore
 
@@ -806,9 +806,23 @@ def _following(row: _Row, outcome: Outcome, reason: Reason, *, is_placed: bool) 
         status=job.status if wish is None else JobStatus.STOPPING,
         stop_reason=stop_reason if wish is None or stop_reason is Reason.TIMEOUT else wish,
         retries_used=job.retries_used,
-        retry_budget=job.spec.retry.budget,
+        retry=job.spec.retry,
+        endings=_endings(row),
         is_placed=is_placed,
     )
+
+
+def _endings(row: _Row) -> list[Ending]:
+    resumed_after = max([event.attempt for event in row.events if event.reason is Reason.RESUMED], default=0)
+    return [
+        Ending(
+            reason=attempt.reason,
+            error_type=None if attempt.failure is None else attempt.failure.error_type,
+            step=attempt.step,
+        )
+        for attempt in row.attempts[resumed_after:]
+        if attempt.reason is not None
+    ]
 
 
 def _move_on(row: _Row, following: NextStep, reason: Reason, failure: Failure | None) -> None:
@@ -821,6 +835,24 @@ def _move_on(row: _Row, following: NextStep, reason: Reason, failure: Failure | 
     if following.status is JobStatus.FAILED:
         row.change(failure=failure)
         message = f"{failure.error_type}: {failure.message}" if failure else message
+    elif following.costs_retry:
+        if following.pause_s:
+            row.change(not_before=utc_now() + timedelta(seconds=following.pause_s))
+        message = describe_retry(
+            attempt=job.attempt,
+            reason=reason,
+            retry_number=job.retries_used + 1,
+            budget=job.spec.retry.budget,
+            pause_s=following.pause_s,
+        )
+        row.add_event(
+            "retry",
+            message,
+            reason,
+            retry=job.retries_used + 1,
+            budget=job.spec.retry.budget,
+            pause_s=following.pause_s,
+        )
     wish = _wish_of(job)
     if (
         following.status in (JobStatus.CANCELLED, JobStatus.PAUSED)

@@ -186,6 +186,11 @@ def get(context: typer.Context, job_id: JobArgument, output: FormatOption = Form
             ("exact", None if job.exact is None else f"{'yes' if job.exact else 'no'}: {job.exactness}"),
             ("batch", f"{job.spec.batch.size}, {job.spec.batch.samples_normalized_together} normalized together"),
             ("retries", f"{job.retries_used} of {job.spec.retry.budget} used"),
+            ("next retry", job.not_before and f"not before {job.not_before.isoformat(timespec='seconds')}"),
+            (
+                "preemptions",
+                f"{job.preemptions_used} of {job.spec.retry.preemptions}" if job.preemptions_used else None,
+            ),
             ("preemptions", f"{job.preemptions_used} of {job.spec.retry.preemptions} used"),
             ("created", job.created_at.isoformat(timespec="seconds")),
             ("started", job.started_at and job.started_at.isoformat(timespec="seconds")),
@@ -196,7 +201,7 @@ def get(context: typer.Context, job_id: JobArgument, output: FormatOption = Form
     if attempts:
         show("")
         show_table(
-            ("ATTEMPT", "STATUS", "WORKERS", "OUTCOME", "REASON", "FROM STEP", "CREATED"),
+            ("ATTEMPT", "STATUS", "WORKERS", "OUTCOME", "REASON", "FROM STEP", "LAST STEP", "CREATED"),
             [
                 (
                     one.number,
@@ -205,6 +210,7 @@ def get(context: typer.Context, job_id: JobArgument, output: FormatOption = Form
                     one.outcome,
                     one.reason,
                     one.resumed_from_step,
+                    one.step,
                     age(one.created_at),
                 )
                 for one in attempts

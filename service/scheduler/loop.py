@@ -187,7 +187,8 @@ class Scheduler:
         held_back = self._store.held_back()
         queued = [job for job in self._store.queued_jobs() if job.id not in held_back]
         for job_id, why in held_back.items():
-            self._store.set_message(lease, job_id, _why_held_back(why))
+            if why.waits_for:  # a job that pauses before a retry says so already
+                self._store.set_message(lease, job_id, _why_held_back(why))
         if not queued:
             return 0
         starts, waits = admit(queued, self._store.live_attempts(), self._nodes)
@@ -226,7 +227,5 @@ class Scheduler:
 
 
 def _why_held_back(why: HeldBack) -> str:
-    if why.waits_for:
-        shown = ", ".join(why.waits_for[:3]) + (", …" if len(why.waits_for) > 3 else "")
-        return f"Waits for the success of {len(why.waits_for)} job(s): {shown}."
-    return "Waits before it is tried again."
+    shown = ", ".join(why.waits_for[:3]) + (", …" if len(why.waits_for) > 3 else "")
+    return f"Waits for the success of {len(why.waits_for)} job(s): {shown}."

@@ -1,7 +1,7 @@
 """Attempts: created, stopped, sealed; and the guard that refuses all but the current one."""
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -10,9 +10,12 @@ from sqlalchemy.engine import Connection, Row
 from service.domain.errors import StaleWrite
 from service.domain.job import Attempt, AttemptStatus, Failure, Job, JobStatus, Outcome, Reason
 from service.domain.ports import LiveAttempt
-from service.domain.retry import NextStep, after_attempt
+from service.domain.retry import Ending, NextStep, after_attempt, describe_end, describe_retry
 from service.store.jobs import LockedJob, failure_of, failure_row, job_of
-from service.store.tables import attempts, jobs
+from service.store.tables import attempts, events, jobs
+
+# Attempts that are looked at to tell whether a failure repeats itself; most that a job has between two of its own.
+_MAX_ENDINGS = 100
 
 
 def create_attempt(
@@ -192,7 +195,8 @@ def seal_attempt(
         status=locked.job.status if wish is None else JobStatus.STOPPING,
         stop_reason=stop_reason if wish is None or stop_reason is Reason.TIMEOUT else wish,
         retries_used=locked.job.retries_used,
-        retry_budget=locked.job.spec.retry.budget,
+        retry=locked.job.spec.retry,
+        endings=_endings(connection, locked, number) if outcome is Outcome.LOST else (),
         is_placed=next_node_ids is not None,
     )
     if following.status is JobStatus.STARTING:
@@ -200,7 +204,8 @@ def seal_attempt(
         message = f"Goes on with {len(next_node_ids)} worker(s) instead of {row.world_size}; starting."
         _begin_attempt(connection, locked, next_node_ids, following.reason, message, time)
     else:
-        _move_on(locked, following, reason=reason, failure=failure, said=row.message, time=time)
+        ending = Ending(reason=reason, error_type=None if failure is None else failure.error_type, step=row.step)
+        _move_on(locked, following, ending=ending, failure=failure, said=row.message, time=time)
 
 
 def live_world_size(connection: Connection, locked: LockedJob) -> int | None:
@@ -224,23 +229,36 @@ def _move_on(
     locked: LockedJob,
     following: NextStep,
     *,
-    reason: Reason,
+    ending: Ending,
     failure: Failure | None,
     said: str | None,
     time: datetime,
 ) -> None:
-    job = locked.job
+    job, retry = locked.job, locked.job.spec.retry
     if following.costs_retry:
         locked.change(retries_used=job.retries_used + 1)
     if following.reason is Reason.PREEMPTED:
         locked.change(preemptions_used=job.preemptions_used + 1)
     if following.status is JobStatus.FAILED:
         locked.change(failure=failure)
-        message = _describe(failure) if failure else said or f"Attempt {job.attempt} ended: {_words(reason)}."
-        if following.reason is Reason.RETRIES_EXHAUSTED:
-            message = f"Lost attempt {job.attempt} ({_words(reason)}), with no retry left. {message}"
+        said = _describe(failure) if failure else said or f"Attempt {job.attempt} ended: {_words(ending.reason)}."
+        message = describe_end(
+            following, job_id=job.id, attempt=job.attempt, ending=ending, budget=retry.budget, said=said
+        )
+    elif following.costs_retry:
+        if following.pause_s:
+            locked.change(not_before=time + timedelta(seconds=following.pause_s))
+        message = describe_retry(
+            attempt=job.attempt,
+            reason=ending.reason,
+            retry_number=job.retries_used + 1,
+            budget=retry.budget,
+            pause_s=following.pause_s,
+        )
+        data = {"retry": job.retries_used + 1, "budget": retry.budget, "pause_s": following.pause_s}
+        locked.add_event("retry", message, time=time, reason=ending.reason, data=data)
     elif following.status is JobStatus.QUEUED:
-        message = f"Attempt {job.attempt} ended: {_words(reason)}. Waits to be placed again."
+        message = f"Attempt {job.attempt} ended: {_words(ending.reason)}. Waits to be placed again."
     elif following.status in (JobStatus.CANCELLED, JobStatus.PAUSED):
         message = "Cancelled." if following.status is JobStatus.CANCELLED else f"Paused at step {job.step}."
         wish = wish_of(job)
@@ -249,6 +267,34 @@ def _move_on(
     else:
         message = said or "Completed."
     locked.move(following.status, following.reason, message, time=time)
+
+
+def _endings(connection: Connection, locked: LockedJob, number: int) -> list[Ending]:
+    """Return how the last attempts up to a sealed one ended, in order, as far back as the job was last resumed."""
+    resumed_after = (
+        sa.select(sa.func.max(events.c.attempt))
+        .where(events.c.job_number == locked.number, events.c.kind == "status", events.c.reason == Reason.RESUMED)
+        .scalar_subquery()
+    )
+    rows = connection.execute(
+        sa.select(attempts.c.reason, attempts.c.failure, attempts.c.step)
+        .where(
+            attempts.c.job_number == locked.number,
+            attempts.c.number <= number,
+            attempts.c.number > sa.func.coalesce(resumed_after, 0),
+            attempts.c.reason.is_not(None),
+        )
+        .order_by(attempts.c.number.desc())
+        .limit(_MAX_ENDINGS)
+    ).all()
+    return [
+        Ending(
+            reason=Reason(row.reason),
+            error_type=None if row.failure is None else row.failure["error_type"],
+            step=row.step,
+        )
+        for row in reversed(rows)
+    ]
 
 
 def _describe(failure: Failure) -> str:

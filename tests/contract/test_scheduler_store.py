@@ -458,6 +458,58 @@ def test_a_lost_attempt_is_retried_within_the_budget(store):
     assert [attempt.reason for attempt in store.attempts(job.id)] == [Reason.NODE_LOST, Reason.RANK_LOST]
 
 
+def test_a_second_retry_is_held_back_for_its_pause(store):
+    lease = lead(store)
+    job, _ = store.submit(make_spec(retry={"budget": 3, "backoff_s": 1000.0}))
+    job = seal(store, lease, run(store, lease, job=job), Outcome.LOST, Reason.RANK_LOST, FAILURE)
+    assert (job.not_before, job.message) == (
+        None,
+        "Attempt 1 ended (rank_lost). Waits to be placed for retry 1 of 3.",
+    )
+    assert store.held_back() == {}
+    job = seal(store, lease, run(store, lease, job=job), Outcome.LOST, Reason.NODE_LOST, FAILURE)
+    assert job.message == "Waits 1000 s before retry 2 of 3 (node_lost)."
+    assert store.get(job.id).not_before is not None
+    # To within what a busy machine takes between two calls.
+    assert 900 < store.held_back()[job.id].retry_in_s <= 1000
+    told = [event for event in store.events(job.id) if event.kind == "retry"]
+    assert [event.reason for event in told] == [Reason.RANK_LOST, Reason.NODE_LOST]
+    assert told[1].data == {"retry": 2, "budget": 3, "pause_s": 1000.0}
+    assert told[1].message == job.message
+    # What its owner asks for does not wait.
+    assert store.request_pause(job.id).status is JobStatus.PAUSED
+    assert store.get(job.id).not_before is None
+    assert store.resume(job.id).not_before is None
+    assert store.held_back() == {}
+
+
+def _fail_at(store, lease, job, step, reason=Reason.RANK_LOST):
+    attempt = store.create_attempt(lease, job.id, node_ids=["a"])
+    reports = [Launched(supervisor_pid=1), Running(num_steps=100), loss(step)]
+    store.ingest(lease, job.id, attempt.number, records(*reports))
+    return store.seal_attempt(lease, job.id, attempt.number, outcome=Outcome.LOST, reason=reason, failure=FAILURE)
+
+
+def test_a_job_that_fails_three_times_running_at_one_step_is_not_tried_again(store):
+    lease = lead(store)
+    job, _ = store.submit(make_spec(retry={"budget": 100, "backoff_s": 0.0}))
+    for step, reason in ((9, Reason.RANK_LOST), (7, Reason.RANK_LOST), (7, Reason.RANK_LOST)):
+        job = _fail_at(store, lease, job, step, reason)
+    assert [attempt.step for attempt in store.attempts(job.id)] == [9, 7, 7]
+    job = _fail_at(store, lease, job, 7, Reason.NODE_LOST)  # no failure of the job's own: says nothing
+    assert (job.status, job.reason) == (JobStatus.QUEUED, Reason.NODE_LOST)
+    job = _fail_at(store, lease, job, 7)
+    assert (job.status, job.reason, job.retries_used) == (JobStatus.FAILED, Reason.REPEATED_FAILURE, 4)
+    assert job.failure == FAILURE
+    # Once resumed, it is counted anew.
+    store.resume(job.id)
+    for _ in range(2):
+        job = _fail_at(store, lease, job, 7)
+        assert (job.status, job.reason) == (JobStatus.QUEUED, Reason.RANK_LOST)
+    job = _fail_at(store, lease, job, 7)
+    assert (job.status, job.reason) == (JobStatus.FAILED, Reason.REPEATED_FAILURE)
+
+
 def test_a_job_that_is_stopping_is_cancelled_whatever_ends_its_attempt(store):
     lease = lead(store)
     for outcome in (Outcome.STOPPED, Outcome.LOST, Outcome.FAILED):

@@ -1,6 +1,7 @@
 """The commands against the API over a fake store."""
 
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -143,6 +144,19 @@ def test_metrics(service, cli):
     ]
     series = json.loads(cli("metrics", job.id, "--format", "json").stdout)["series"]
     assert series["train/loss"]["values"] == [0.25, None]
+
+
+def test_get_tells_of_retries(service, cli):
+    job = service.submit(workers=2, retry__budget=3, retry__backoff_s=60.0)
+    for reason in (Reason.NODE_LOST, Reason.RANK_LOST):
+        service.scheduler.start(job.id)
+        service.scheduler.metrics(job.id, 7, train_loss=0.5)
+        service.scheduler.end(job.id, Outcome.LOST, reason)
+    shown = cli("get", job.id).stdout
+    assert "Waits 60 s before retry 2 of 3 (rank_lost)." in shown
+    assert "2 of 3 used" in shown
+    assert re.search(r"next retry +not before 20", shown)
+    assert re.search(r"^2 +sealed +2 +lost +rank_lost +- +7 ", shown, re.MULTILINE)
 
 
 def test_logs(service, cli):

@@ -182,7 +182,7 @@ def test_a_lost_attempt_is_retried_up_to_the_budget(house, scheduler):
     for number in (1, 2, 3):
         scheduler.step()
         assert house.store.get(job_id).attempt == number
-        house.cluster.run(job_id, number)
+        house.cluster.run(job_id, number, Metrics.of(number, {"train/loss": 0.5}))
         house.cluster.end(job_id, number, Outcome.LOST, Reason.RANK_LOST, failure=failure)
         scheduler.step()
     assert house.status(job_id) == (JobStatus.FAILED, Reason.RETRIES_EXHAUSTED)
@@ -190,6 +190,35 @@ def test_a_lost_attempt_is_retried_up_to_the_budget(house, scheduler):
     assert (job.retries_used, job.failure) == (2, failure)
     scheduler.step()
     assert house.cluster.launched() == [(job_id, number) for number in (1, 2, 3)]
+
+
+def test_a_retry_waits_for_its_pause_and_says_so(house, scheduler):
+    job_id = house.start(scheduler, retry={"budget": 3, "backoff_s": 3600.0})
+    house.cluster.end(job_id, 1, Outcome.LOST, Reason.RANK_LOST)
+    scheduler.step()
+    assert house.store.get(job_id).attempt == 2, "the first retry waits for nothing"
+    house.cluster.run(job_id, 2)
+    house.cluster.end(job_id, 2, Outcome.LOST, Reason.NODE_LOST)
+    for _ in range(3):
+        scheduler.step()
+    job = house.store.get(job_id)
+    assert (job.status, job.reason, job.attempt) == (JobStatus.QUEUED, Reason.NODE_LOST, 2)
+    assert job.message == "Waits 3600 s before retry 2 of 3 (node_lost)."
+    other = house.submit()
+    scheduler.step()
+    assert house.store.get(other).attempt == 1, "its place is another's meanwhile"
+
+
+def test_a_job_that_fails_three_times_in_one_way_is_not_tried_again(house, scheduler):
+    job_id = house.submit(retry={"budget": 100})
+    failure = Failure(rank=1, error_type="SIGSEGV", message="Rank 1 was killed by SIGSEGV.")
+    for number in (1, 2, 3):
+        scheduler.step()
+        house.cluster.run(job_id, number, Metrics.of(17, {"train/loss": 0.5}))
+        house.cluster.end(job_id, number, Outcome.LOST, Reason.RANK_LOST, failure=failure)
+        scheduler.step()
+    assert house.status(job_id) == (JobStatus.FAILED, Reason.REPEATED_FAILURE)
+    assert house.store.get(job_id).failure == failure
 
 
 def test_an_unreachable_supervisor_is_not_dead(house, scheduler):

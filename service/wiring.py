@@ -10,10 +10,12 @@ import socket
 import sys
 import threading
 import uuid
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 from service.domain.errors import InvalidSpec, Unavailable
 from service.domain.placement import Node, Resources
+from service.domain.ports import Cluster
 from service.settings import Settings
 
 UNLIMITED = 1 << 62
@@ -63,13 +65,32 @@ def run_api(settings: Settings, listener: socket.socket | None = None, *, host: 
     api_server(app).run(sockets=[listener or bind(host, port)])
 
 
-def run_scheduler(settings: Settings) -> None:
+@contextmanager
+def ray_cluster(settings: Settings) -> Iterator[Cluster]:
+    """Be a driver of the Ray cluster at ``settings.ray_address``, which is required."""
+    from service.cluster.ray_cluster import RayCluster  # noqa: PLC0415
+
+    if not settings.ray_address:
+        raise InvalidSpec("SYNCBN_RAY_ADDRESS is not set: the scheduler has no cluster.")
+    too_late = threading.Timer(CONNECT_TIMEOUT_S, _give_up_connecting, [settings.ray_address])
+    too_late.start()
+    cluster = RayCluster(
+        address=settings.ray_address, node_ip=settings.node_ip, work_dir=str(settings.node_dir_or_default)
+    )
+    too_late.cancel()
+    yield cluster
+    cluster.disconnect()
+
+
+def run_scheduler(
+    settings: Settings, connect: Callable[[Settings], AbstractContextManager[Cluster]] = ray_cluster
+) -> None:
     """Run the scheduler until told to stop; then stop what runs, in order, so that it is queued again.
 
     Args:
-        settings: of the service; ``ray_address`` is required.
+        settings: of the service.
+        connect: gives it a cluster.
     """
-    from service.cluster.ray_cluster import RayCluster  # noqa: PLC0415
     from service.nudge import NudgeListener  # noqa: PLC0415
     from service.scheduler.launches import LaunchFactory  # noqa: PLC0415
     from service.scheduler.leadership import Leadership  # noqa: PLC0415
@@ -79,8 +100,6 @@ def run_scheduler(settings: Settings) -> None:
     from service.store import SqlStore  # noqa: PLC0415
 
     _log_to_stderr()
-    if not settings.ray_address:
-        raise InvalidSpec("SYNCBN_RAY_ADDRESS is not set: the scheduler has no cluster.")
     stop_asked = False
 
     def ask_to_stop(*_: object) -> None:
@@ -96,38 +115,32 @@ def run_scheduler(settings: Settings) -> None:
         ttl_s=settings.lease_ttl_s,
     )
     with suppress(Unavailable):  # the loop waits for the database
-        leadership.observe()  # what is left of a dead leader's lease passes while Ray is being connected to
-    too_late = threading.Timer(CONNECT_TIMEOUT_S, _give_up_connecting, [settings.ray_address])
-    too_late.start()
-    cluster = RayCluster(
-        address=settings.ray_address, node_ip=settings.node_ip, work_dir=str(settings.node_dir_or_default)
-    )
-    too_late.cancel()
-    # After ray.init, which sets a handler of its own.
-    signal.signal(signal.SIGTERM, ask_to_stop)
-    signal.signal(signal.SIGINT, ask_to_stop)
-    scheduler = Scheduler(
-        leadership=leadership,
-        store=store,
-        cluster=cluster,
-        files=StoredRunFiles(storage),
-        make_launch=LaunchFactory(
+        leadership.observe()  # what is left of a dead leader's lease passes while the cluster is being connected to
+    with connect(settings) as cluster:
+        # After ray.init, which sets a handler of its own.
+        signal.signal(signal.SIGTERM, ask_to_stop)
+        signal.signal(signal.SIGINT, ask_to_stop)
+        scheduler = Scheduler(
+            leadership=leadership,
             store=store,
-            storage_url=settings.storage,
-            storage_id=storage_id,
-            collective_timeout_s=settings.collective_timeout_s,
-            start_timeout_s=settings.start_timeout_s,
-            prepare_timeout_s=settings.prepare_timeout_s,
-            node_cache_bytes=settings.node_cache_bytes,
-            max_log_bytes=settings.max_log_bytes,
-            stop_grace_s=settings.stop_grace_s,
-        ),
-        launch_timeout_s=settings.start_timeout_s,
-        resize_interval_s=settings.resize_interval_s,
-    )
-    scheduler.run(NudgeListener(settings.database).wait, lambda: stop_asked)
-    scheduler.stop_all(deadline_s=settings.stop_grace_s + settings.lease_ttl_s)
-    cluster.disconnect()
+            cluster=cluster,
+            files=StoredRunFiles(storage),
+            make_launch=LaunchFactory(
+                store=store,
+                storage_url=settings.storage,
+                storage_id=storage_id,
+                collective_timeout_s=settings.collective_timeout_s,
+                start_timeout_s=settings.start_timeout_s,
+                prepare_timeout_s=settings.prepare_timeout_s,
+                node_cache_bytes=settings.node_cache_bytes,
+                max_log_bytes=settings.max_log_bytes,
+                stop_grace_s=settings.stop_grace_s,
+            ),
+            launch_timeout_s=settings.start_timeout_s,
+            resize_interval_s=settings.resize_interval_s,
+        )
+        scheduler.run(NudgeListener(settings.database).wait, lambda: stop_asked)
+        scheduler.stop_all(deadline_s=settings.stop_grace_s + settings.lease_ttl_s)
 
 
 def migrate_database(settings: Settings) -> None:

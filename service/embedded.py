@@ -20,6 +20,7 @@ import httpx
 import psutil
 
 from service.child import Child
+from service.cluster.fence import FENCES
 from service.cluster.head import head_address, head_command, ray_environment
 from service.cluster.rank_directory import clear_work_dir
 from service.domain.errors import Unavailable
@@ -73,7 +74,8 @@ class EmbeddedService:
         memory_bytes = psutil.virtual_memory().total
         num_gpus = _count_gpus() if num_gpus is None else num_gpus
         for work_dir in (data_dir / "node").glob("*"):
-            clear_work_dir(work_dir)
+            if work_dir.name != FENCES:
+                clear_work_dir(work_dir)
         self._settings = settings.model_copy(update={"data_dir": data_dir, "token": token})
         self._environment = ray_environment(ray_token_path) | {
             "SYNCBN_DATA_DIR": str(data_dir),
@@ -91,6 +93,7 @@ class EmbeddedService:
         self._scheduler = Child("scheduler", data_dir / "logs" / "scheduler.log")
         self._api = Child("api", data_dir / "logs" / "api.log")
         self._stop_asked = 0
+        self._rid_by: float | None = None
 
     def run(self) -> int:
         """Start everything, restart what ends, and stop in order when asked to.
@@ -121,9 +124,7 @@ class EmbeddedService:
     def _keep_running(self) -> None:
         self._reap()
         now = time.monotonic()
-        if self._head.pid is None and now >= self._head.start_not_before:
-            # A scheduler of the old cluster cannot join the new one.
-            self._scheduler.send(signal.SIGKILL)
+        if self._head.pid is None and now >= self._head.start_not_before and self._is_rid_of_cluster():
             (self._temp_dir / "ray_current_cluster").unlink(missing_ok=True)
             self._head.start(self._head_command, self._environment)
         if self._api.pid is None and now >= self._api.start_not_before:
@@ -135,6 +136,25 @@ class EmbeddedService:
         if self._scheduler.pid is None and address is not None and now >= self._scheduler.start_not_before:
             command = [sys.executable, "-m", "service", "scheduler"]
             self._scheduler.start(command, self._environment | {"SYNCBN_RAY_ADDRESS": address})
+
+    def _is_rid_of_cluster(self) -> bool:
+        """Kill what is left of a cluster that lost its head; True once nothing is, or nothing can be done about it.
+
+        A scheduler of the old cluster cannot join the new one, and a training process must not train on beside the next
+        attempt. Every process but the API's is one of these, or a descendant of one, and becomes this one's.
+        """
+        rest = [process for process in psutil.Process().children(recursive=True) if process.pid != self._api.pid]
+        for process in rest:
+            _kill(process)
+        now = time.monotonic()
+        if rest and self._rid_by is None:
+            self._rid_by = now + HEAD_STOP_S
+        if rest and self._rid_by is not None and now < self._rid_by:
+            return False
+        if rest:
+            logger.error("Left of the old cluster, since even SIGKILL does not end them: %s", rest)
+        self._rid_by = None
+        return True
 
     def _announce(self, started_at: datetime) -> bool:
         """Say that the service answers and has a cluster, once that is so."""

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import signal
+from contextlib import suppress
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -61,6 +63,25 @@ def punch_hole(descriptor: int, offset: int, num_bytes: int) -> None:
     if libc.fallocate64(descriptor, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, num_bytes) != 0:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
+
+
+def kill_group(pgid: int) -> None:
+    """Kill all processes of a group; nothing if there are none."""
+    with suppress(ProcessLookupError):
+        os.killpg(pgid, signal.SIGKILL)
+
+
+def process_state(pid: int) -> str | None:
+    """Return the letter that the kernel shows for a process's state, such as ``T``; None if it has ended.
+
+    See proc_pid_stat(5). A process whose main thread has ended waits to be reaped and counts as ended.
+    """
+    try:
+        # The name, in parentheses, may hold anything.
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state in "ZX" else state
 
 
 def _prctl(option: int, argument: int) -> None:

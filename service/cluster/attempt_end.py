@@ -8,6 +8,16 @@ from service.cluster.rank_end import RankEnd
 from service.domain.job import Failure, Outcome, Reason
 from service.domain.journal import Ended
 
+# As proc_pid_stat(5) has them.
+SUSPENDED = frozenset("Tt")
+_STATES = {
+    "T": "is stopped, by SIGSTOP or a terminal",
+    "t": "is stopped by a debugger",
+    "D": "waits for a disk or a driver",
+    "R": "computes",
+    "S": "sleeps",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankFailure:
@@ -18,12 +28,16 @@ class RankFailure:
         reason: why.
         failure: what the rank met.
         is_effect: it only saw a peer go away.
+        is_silent: it said nothing and was killed by the service, after others had waited for it in vain.
+        is_suspended: so it was, since its process was stopped.
     """
 
     outcome: Outcome
     reason: Reason
     failure: Failure
     is_effect: bool = False
+    is_silent: bool = False
+    is_suspended: bool = False
 
     @classmethod
     def of_process(cls, rank: int, end: RankEnd) -> "RankFailure":
@@ -39,6 +53,8 @@ class RankFailure:
                 rank=rank, error_type=error.error_type, message=error.message, traceback=error.traceback or None
             )
             return cls(outcome=outcome, reason=reason, failure=failure, is_effect=error.cause == "collective")
+        if end.killed_in_state is not None:
+            return cls._of_silent_process(rank, end.killed_in_state)
         if end.exit_status < 0:
             name = _signal_name(-end.exit_status)
             message = f"Rank {rank} was killed by {name}."
@@ -49,6 +65,25 @@ class RankFailure:
             message = f"Rank {rank} exited with status {end.exit_status} without saying why; its log may tell."
         failure = Failure(rank=rank, error_type=name, message=message)
         return cls(outcome=Outcome.LOST, reason=Reason.RANK_LOST, failure=failure)
+
+    @classmethod
+    def _of_silent_process(cls, rank: int, state: str) -> "RankFailure":
+        message = f"Rank {rank} stopped answering: its process {_STATES.get(state, 'was alive')} (state {state})."
+        failure = Failure(rank=rank, error_type="RankSilent", message=message)
+        return cls(
+            outcome=Outcome.LOST,
+            reason=Reason.RANK_LOST,
+            failure=failure,
+            is_silent=True,
+            is_suspended=state in SUSPENDED,
+        )
+
+    @classmethod
+    def of_unreachable(cls, rank: int, node_id: str) -> "RankFailure":
+        """Judge a rank whose actor does not answer, on a node that has not been declared dead."""
+        message = f"Node {node_id} of rank {rank} cannot be reached."
+        failure = Failure(rank=rank, error_type="NodeUnreachable", message=message)
+        return cls(outcome=Outcome.LOST, reason=Reason.NODE_LOST, failure=failure)
 
     @classmethod
     def of_actor(cls, rank: int, node_id: str, alive_node_ids: Set[str]) -> "RankFailure":
@@ -92,8 +127,17 @@ def judge(
             message="Stopped; the grace ended before every rank had finished.",
             step=step,
         )
-    # A rank that failed by itself before one that only lost a peer; an error that would come again before the rest.
-    cause = min(failures, key=lambda failure: (failure.is_effect, failure.outcome is not Outcome.FAILED))
+    # A rank that failed by itself before one that kept its peers waiting, and that before one that only lost a peer.
+    # Then an error that would come again before the rest, and a stopped process before one that may have waited for it.
+    cause = min(
+        failures,
+        key=lambda failure: (
+            failure.is_effect,
+            failure.is_silent,
+            failure.outcome is not Outcome.FAILED,
+            not failure.is_suspended,
+        ),
+    )
     return Ended(
         outcome=cause.outcome,
         reason=cause.reason,

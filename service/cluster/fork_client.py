@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from service.cluster.forkserver import REQUEST_BYTES, ForkRequest
 from service.domain.errors import ServiceError
+from service.linux import kill_group
 
 
 class ForkRefused(ServiceError):
@@ -64,8 +65,8 @@ class ForkedProcess:
         """
         answer = self._receive()
         if "exit" not in answer:
-            # Nobody is left to end the helpers that the process started: they are not tied to the forkserver.
-            _kill_group(self.pid)
+            # The helpers that the process started are not tied to the forkserver; its reaper ends them too.
+            kill_group(self.pid)
             return -signal.SIGKILL
         return int(str(answer["exit"]))
 
@@ -81,10 +82,3 @@ class ForkedProcess:
         data = self._connection.recv(REQUEST_BYTES)
         message: dict[str, object] = json.loads(data) if data else {}
         return message
-
-
-def _kill_group(pgid: int) -> None:
-    try:
-        os.killpg(pgid, signal.SIGKILL)
-    except ProcessLookupError:
-        return

@@ -5,7 +5,9 @@ holds the connection for as long as it wants that process: end of file kills the
 forkserver answers with the process id, and with the exit status once the process and its group are gone.
 
 It fences too: before it forks, every process of an earlier attempt of the same job, and every holder of the same
-devices, is killed and proven gone. It runs no thread and no torch operation, and never touches CUDA.
+devices, is killed and proven gone. Those of another forkserver of the machine, an earlier one say, are waited for: what
+a process holds is a locked file, which it inherits, and which the reaper holds until its whole group has ended. The
+forkserver runs no thread and no torch operation, and never touches CUDA.
 
 Messages (each one packet of a ``SOCK_SEQPACKET`` socket, JSON):
 
@@ -15,6 +17,7 @@ Messages (each one packet of a ``SOCK_SEQPACKET`` socket, JSON):
 """
 
 import argparse
+import fcntl
 import gc
 import importlib
 import json
@@ -24,19 +27,26 @@ import signal
 import socket
 import struct
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from service.linux import become_subreaper, die_with_parent, group_is_alive, set_process_name
+from service.cluster.fence import Fence, Fences, Holding
+from service.cluster.reaper import Reaper
+from service.linux import become_subreaper, die_with_parent, group_is_alive, kill_group, set_process_name
 
 CHANNEL_FD = 3
 RENDEZVOUS_FD = 4
+FENCE_FD = 5
 REQUEST_BYTES = 1 << 16
 _RECHECK_S = 0.02
+# How long a request waits for what another forkserver left; its owner waits a little longer, and is told why.
+FOREIGN_HOLDER_TIMEOUT_S = 25.0
 _STALE = "a later attempt of this job has already started on this node"
 
 
@@ -61,6 +71,11 @@ class ForkRequest(BaseModel):
     environment: dict[str, str]
     log_path: str
 
+    @property
+    def holding(self) -> Holding:
+        """What the process will hold alone."""
+        return Holding(job_id=self.job_id, attempt=self.attempt, devices=self.devices)
+
 
 @dataclass(kw_only=True)
 class _Holder:
@@ -71,6 +86,8 @@ class _Holder:
     descriptors: list[int] = field(default_factory=list)
     pid: int = 0
     exit_status: int | None = None
+    fence: Fence | None = None
+    since: float = field(default_factory=time.monotonic)
 
 
 class Forkserver:
@@ -79,10 +96,14 @@ class Forkserver:
     Args:
         socket_name: name in the abstract namespace.
         entry: called in the child as ``entry(task_json, channel_fd) -> exit status``.
+        fences: of this machine.
+        reaper: ends what this forkserver leaves.
     """
 
-    def __init__(self, socket_name: str, entry: Callable[[str, int], int]) -> None:
+    def __init__(self, socket_name: str, entry: Callable[[str, int], int], fences: Fences, reaper: Reaper) -> None:
         self._entry = entry
+        self._fences = fences
+        self._reaper = reaper
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind("\0" + socket_name)
         self._listener.listen(128)
@@ -152,29 +173,65 @@ class Forkserver:
         return request.attempt < self._newest_attempt.get(request.job_id, 0)
 
     def _earlier_holders(self, holder: _Holder) -> list[_Holder]:
-        request = holder.request
-        return [
-            other
-            for other in self._holders
-            if other.pid
-            and (other.request.job_id, other.request.attempt) != (request.job_id, request.attempt)
-            and (other.request.job_id == request.job_id or set(other.request.devices) & set(request.devices))
-        ]
+        wanted = holder.request.holding
+        return [other for other in self._holders if other.pid and wanted.excludes(other.request.holding)]
+
+    def _foreign_holding(self, holder: _Holder) -> Holding | None:
+        """Return what a process of another forkserver holds that is in the way."""
+        own = {other.fence.name for other in self._holders if other.fence is not None}
+        wanted = holder.request.holding
+        return next((other for other in self._fences.in_force(but=own) if wanted.excludes(other)), None)
 
     def _start_waiting(self) -> None:
         for holder in [holder for holder in self._holders if not holder.pid]:
             if self._is_stale(holder.request):  # a later attempt came while this one waited
-                self._holders.remove(holder)
-                self._refuse(holder.connection, holder.descriptors, _STALE)
+                self._give_up(holder, _STALE)
                 continue
             earlier = self._earlier_holders(holder)
             for other in earlier:
                 _kill_group(other.pid)
-            if not earlier:
-                holder.pid = self._fork(holder)
-                for descriptor in holder.descriptors:
-                    os.close(descriptor)
-                _answer(holder.connection, {"pid": holder.pid})
+            if earlier:
+                continue
+            try:
+                foreign = self._foreign_holding(holder)
+                if foreign is None:
+                    holder.fence = self._fences.put_up(holder.request.holding)
+            except OSError as error:  # the disk is full, perhaps
+                self._give_up(holder, str(error))
+                continue
+            if foreign is None:
+                self._start(holder)
+            elif foreign.job_id == holder.request.job_id and foreign.attempt > holder.request.attempt:
+                self._give_up(holder, _STALE)
+            elif time.monotonic() - holder.since > FOREIGN_HOLDER_TIMEOUT_S:
+                whose = f"a process of job {foreign.job_id}, attempt {foreign.attempt}"
+                self._give_up(holder, f"{whose}, has not ended on this machine and holds what it needs")
+
+    def _give_up(self, holder: _Holder, why: str) -> None:
+        self._holders.remove(holder)
+        self._refuse(holder.connection, holder.descriptors, why)
+
+    def _start(self, holder: _Holder) -> None:
+        holder.pid = self._fork(holder)
+        self._have_watched(holder)
+        for descriptor in holder.descriptors:
+            os.close(descriptor)
+        _answer(holder.connection, {"pid": holder.pid})
+
+    def _have_watched(self, holder: _Holder) -> None:
+        assert holder.fence is not None
+        try:
+            self._reaper.watch(holder.pid, holder.fence.fd)
+        except OSError:
+            os.kill(self._reaper.pid, signal.SIGKILL)  # another one takes its place when this one is waited for
+
+    def _replace_reaper(self) -> None:
+        """Start another reaper in the place of one that has died, with what it watched."""
+        self._reaper.close()
+        self._reaper = Reaper()
+        for holder in self._holders:
+            if holder.pid:
+                self._have_watched(holder)
 
     def _reap(self) -> None:
         while True:
@@ -184,16 +241,21 @@ class Forkserver:
                 return
             if pid == 0:
                 return
+            if pid == self._reaper.pid:
+                self._replace_reaper()
             for holder in self._holders:
                 if holder.pid == pid:
                     holder.exit_status = os.waitstatus_to_exitcode(status)
-                    _kill_rest_of_group(pid)
+                    kill_group(pid)  # its helpers
 
     def _report_gone(self) -> None:
         for holder in [holder for holder in self._holders if holder.exit_status is not None]:
             if group_is_alive(holder.pid):
                 continue
             self._holders.remove(holder)
+            assert holder.fence is not None
+            os.close(holder.fence.fd)
+            self._reaper.forget(holder.pid)
             _answer(holder.connection, {"exit": holder.exit_status})
             self._forget(holder.connection)
 
@@ -221,13 +283,18 @@ class Forkserver:
         set_process_name(f"syncbn-rank-{request.rank}")
         log = os.open(request.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         task_json = _read_all(holder.descriptors[0])
+        assert holder.fence is not None
+        wanted = dict(enumerate((os.open(os.devnull, os.O_RDONLY), log, log, *holder.descriptors[1:])))
+        wanted[FENCE_FD] = holder.fence.fd
         # Above every descriptor in use first, so that no dup2 overwrites one that is still needed.
-        kept = [
-            os.dup(descriptor) for descriptor in (os.open(os.devnull, os.O_RDONLY), log, log, *holder.descriptors[1:])
-        ]
-        for target, descriptor in enumerate(kept):
-            os.dup2(descriptor, target, inheritable=target <= 2)  # its channel is no helper's to hold
-        os.closerange(len(kept), os.sysconf("SC_OPEN_MAX"))
+        kept = {target: fcntl.fcntl(descriptor, fcntl.F_DUPFD, FENCE_FD + 1) for target, descriptor in wanted.items()}
+        for target in range(FENCE_FD + 1):
+            if target in kept:
+                os.dup2(kept[target], target, inheritable=target <= 2)  # its channel is no helper's to hold
+            else:
+                with suppress(OSError):  # not open
+                    os.close(target)
+        os.closerange(FENCE_FD + 1, os.sysconf("SC_OPEN_MAX"))
         os.environ.update(request.environment)
         # When memory runs out, the kernel ends a training process, not what watches over it.
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -257,14 +324,6 @@ def _answer(connection: socket.socket, message: dict[str, object]) -> None:
         return  # it hung up; there is nobody to tell
 
 
-def _kill_rest_of_group(pid: int) -> None:
-    """Kill the helpers of a process that has been waited for; its own number may be another's by now."""
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-
-
 def _kill_group(pid: int) -> None:
     try:
         os.killpg(pid, signal.SIGKILL)
@@ -290,15 +349,17 @@ def main() -> None:
     parser.add_argument("--socket", required=True)
     parser.add_argument("--parent-pid", type=int, required=True)
     parser.add_argument("--entry", required=True, help="module:function")
+    parser.add_argument("--fences", type=Path, required=True, help="directory that the machine's forkservers share")
     parser.add_argument("--preload", nargs="*", default=[])
     arguments = parser.parse_args()
     die_with_parent(arguments.parent_pid)
     become_subreaper()
+    reaper = Reaper()  # while this process is small
     module_name, function_name = arguments.entry.split(":")
     for name in arguments.preload:
         importlib.import_module(name)
     entry = getattr(importlib.import_module(module_name), function_name)
-    server = Forkserver(arguments.socket, entry)
+    server = Forkserver(arguments.socket, entry, Fences(arguments.fences), reaper)
     gc.collect()
     gc.freeze()  # the image is shared with the children; the collector must not touch its pages
     sys.stdout.write("ready\n")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ray
 
+from service.cluster.fence import FENCES
 from service.cluster.rank_directory import clear_abandoned, clear_work_dir
 
 ENTRY = "service.training.rank:main"
@@ -43,6 +44,7 @@ class NodeAgent:
 
     def __init__(self, work_dir: str) -> None:
         # One node's agents share the parent; several nodes may share one machine.
+        self._fences = Path(work_dir) / FENCES
         self._work_dir = Path(work_dir) / ray.get_runtime_context().get_node_id()
         clear_work_dir(self._work_dir)
         self._start()
@@ -69,6 +71,7 @@ class NodeAgent:
         self._socket_name = f"syncbn-{uuid.uuid4().hex}"
         command = [sys.executable, "-m", "service.cluster.forkserver", "--socket", self._socket_name]
         command += ["--parent-pid", str(os.getpid()), "--entry", ENTRY, "--preload", *PRELOAD]
+        command += ["--fences", str(self._fences)]
         with (self._work_dir / "forkserver.log").open("ab") as log:
             self._forkserver = subprocess.Popen(
                 command,

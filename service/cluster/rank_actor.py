@@ -2,9 +2,10 @@
 
 import os
 import selectors
+import signal
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from service.domain.job import Checkpoint
 from service.domain.ports import Launch
 from service.domain.rank_protocol import RankTask, StopRequest
 from service.domain.spec import STORED
+from service.linux import process_state
 from service.storage.checkpoints import fetch_checkpoint
 from service.storage.layout import log_dir
 from service.storage.object_store import ObjectStore
@@ -34,6 +36,7 @@ from service.storage.segments import SegmentWriter
 # A dead peer's memory may take the kernel a while to tear down.
 FORK_TIMEOUT_S = 30.0
 AGENT_RETRY_S = 0.2
+STOPPED = "T"  # by SIGSTOP; a process under a debugger shows another letter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class RankActor:
         self._directory: RankDirectory | None = None
         self._preparation: Preparation | None = None
         self._shipper: LogShipper | None = None
+        self._killed_in_state: str | None = None
 
     def place(self) -> RankPlace:
         """Return where this rank landed."""
@@ -198,22 +202,29 @@ class RankActor:
         with selectors.DefaultSelector() as selector:
             selector.register(self._channel, selectors.EVENT_READ)
             selector.register(self._process, selectors.EVENT_READ)
-            next_ship = time.monotonic() + SHIP_INTERVAL_S
+            next_ship = seen_going_at = time.monotonic() + SHIP_INTERVAL_S
             is_gone = False
             while not is_gone:
                 ready = {key.fileobj for key, _ in selector.select(max(0.0, next_ship - time.monotonic()))}
                 if self._channel in ready and not conversation.receive(self._channel):
                     selector.unregister(self._channel)
                 is_gone = self._process in ready
-                if time.monotonic() >= next_ship:
+                now = time.monotonic()
+                if now >= next_ship:
                     shipping.submit_if_idle()
-                    next_ship = time.monotonic() + SHIP_INTERVAL_S
+                    next_ship = now + SHIP_INTERVAL_S
+                    if process_state(self._process.pid) != STOPPED:
+                        seen_going_at = now
+                    elif now - seen_going_at > self._launch.collective_timeout_s:
+                        self.kill()  # a rank without peers has nobody who would miss it
         exit_status = self._process.exit_status()
         # What the process sent is here; only a helper of it that got away could still hold the other end.
         self._channel.setblocking(False)
         while conversation.receive(self._channel):
             pass
         end = conversation.close(exit_status)
+        if exit_status == -signal.SIGKILL:
+            end = replace(end, killed_in_state=self._killed_in_state)
         is_shipped = shipping.finish()
         self._channel.close()
         self._process.close()
@@ -235,6 +246,7 @@ class RankActor:
     def kill(self) -> None:
         """Kill the process; ``run`` returns once it and its group are gone."""
         if self._process is not None:
+            self._killed_in_state = self._killed_in_state or process_state(self._process.pid)
             try:
                 self._process.kill()
             except OSError:

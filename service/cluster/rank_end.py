@@ -15,6 +15,8 @@ class RankEnd:
         stopped: it was asked to stop and did.
         error: what it reported, if it did.
         note: why it ended before the last step by itself; empty where it did not.
+        killed_in_state: the kernel's letter for the state of its process when the service killed it; None where it
+            ended by itself.
     """
 
     exit_status: int
@@ -22,6 +24,7 @@ class RankEnd:
     stopped: bool
     error: Errored | None
     note: str = ""
+    killed_in_state: str | None = None
 
     @property
     def is_clean(self) -> bool:

@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -42,6 +43,10 @@ from service.storage.object_store import ObjectStore
 # After one rank failed, how long its peers may take to say what they saw, so that the cause is told from its effects.
 PEER_REPORT_S = 2.0
 KILL_TIMEOUT_S = 20.0
+# How long a node that cannot be reached is waited for: until Ray calls it dead, its processes may train on. Ray needs
+# about 65 s for it unless told otherwise.
+VERDICT_TIMEOUT_S = 120.0
+VERDICT_RETRY_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +70,7 @@ class Supervisor:
         self._step = 0
         self._stop_reason: Reason | None = None
         self._stop_asked = asyncio.Event()
+        self._unavailable: set[int] = set()
 
     async def run(self) -> None:
         """Run the attempt; returns after its last record is durable. Once per attempt, whoever asks again."""
@@ -158,8 +164,11 @@ class Supervisor:
             self._collect(done, runs, ends, failures)
         if pending:
             await self._kill_ranks()
-            await asyncio.wait(pending, timeout=KILL_TIMEOUT_S)
+            done, pending = await asyncio.wait(pending, timeout=KILL_TIMEOUT_S)
+            self._collect(done, runs, ends, failures)
         stopper.cancel()
+        unheard = {runs[future] for future in pending} | self._unavailable
+        failures += filter(None, await asyncio.gather(*map(self._await_verdict, unheard)))
         return judge(ends=ends, failures=failures, stop_reason=self._stop_reason, step=self._step)
 
     @property
@@ -263,10 +272,34 @@ class Supervisor:
                 ends[rank] = future.result()
                 if not ends[rank].is_clean:
                     failures.append(RankFailure.of_process(rank, ends[rank]))
+            elif isinstance(error, ActorUnavailableError):
+                self._unavailable.add(rank)
+                failures.append(RankFailure.of_unreachable(rank, self._launch.node_ids[rank]))
             elif isinstance(error, RayActorError):
                 failures.append(RankFailure.of_actor(rank, self._launch.node_ids[rank], _alive_node_ids()))
             else:
                 failures.append(RankFailure.of_service(rank, error))
+
+    async def _await_verdict(self, rank: int) -> RankFailure | None:
+        """Wait until an actor that did not answer can be told to kill its process, or Ray calls it dead.
+
+        Returns:
+            What became of it; None if it has been reached.
+        """
+        deadline = time.monotonic() + VERDICT_TIMEOUT_S
+        node_id = self._launch.node_ids[rank]
+        while (left_s := deadline - time.monotonic()) > 0:
+            try:
+                await asyncio.wait_for(_await(self._ranks[rank].kill.remote()), left_s)
+            except ActorUnavailableError:
+                await asyncio.sleep(VERDICT_RETRY_S)
+            except RayActorError:
+                return RankFailure.of_actor(rank, node_id, _alive_node_ids())
+            except TimeoutError:
+                break
+            else:
+                return None
+        return RankFailure.of_unreachable(rank, node_id)
 
     async def _release(self) -> None:
         """Give the resources back; the processes go with their actors."""

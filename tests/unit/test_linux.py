@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from service.linux import die_with_parent, group_is_alive
+from service.linux import die_with_parent, group_is_alive, process_state
 
 DEADLINE_S = 20.0
 
@@ -97,3 +97,24 @@ def test_a_group_that_never_was_is_not_alive():
 def test_a_refused_request_to_the_kernel_is_an_error():
     with pytest.raises(OSError, match="Invalid argument"):
         die_with_parent(os.getppid(), signal_number=1000)
+
+
+def test_the_state_of_a_process_is_the_kernels():
+    # Its name would mislead whoever splits at the first parenthesis.
+    child = subprocess.Popen(
+        ["sh", "-c", "printf ') T (' > /proc/self/comm; echo; exec 3>&1; read line"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    child.stdout.read(1)
+    os.kill(child.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+    assert process_state(child.pid) == "T"
+    os.kill(child.pid, signal.SIGCONT)
+    os.waitid(os.P_PID, child.pid, os.WCONTINUED)
+    assert process_state(child.pid) in ("R", "S")
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert process_state(child.pid) is None, "one that waits to be buried has ended"
+    child.communicate()
+    assert process_state(child.pid) is None

@@ -9,12 +9,15 @@ import sys
 import uuid
 from pathlib import Path
 
+import psutil
+
 from service.cluster.fork_client import ForkedProcess
 from service.cluster.forkserver import ForkRequest
 
 ROOT = Path(__file__).parents[3]
 ENTRY = "tests.integration.cluster.forked_entry:main"
 DEADLINE_S = 20.0
+REAPER = "syncbn-reaper"
 
 
 class Watch:
@@ -78,6 +81,7 @@ class Server:
         self.socket_name = f"syncbn-test-{uuid.uuid4().hex}"
         command = [sys.executable, "-m", "service.cluster.forkserver", "--socket", self.socket_name]
         command += ["--parent-pid", str(os.getpid()), "--entry", ENTRY, "--preload", "json", "socket"]
+        command += ["--fences", str(directory / "fences")]
         with (directory / "forkserver.log").open("ab") as log:
             self.process = subprocess.Popen(
                 command,
@@ -100,6 +104,14 @@ class Server:
     def pid(self):
         return self.process.pid
 
+    def forked_pids(self):
+        """Of all descendants but the reaper."""
+        children = psutil.Process(self.pid).children(recursive=True)
+        return [child.pid for child in children if child.name() != REAPER]
+
+    def reaper_pid(self):
+        return next(child.pid for child in psutil.Process(self.pid).children() if child.name() == REAPER)
+
     def num_descriptors(self):
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
@@ -119,6 +131,12 @@ class Owner:
     def __exit__(self, *_):
         for forked in self._forked:
             forked.close()
+
+    def moved_to(self, server):
+        """One for the same jobs at another forkserver."""
+        other = Owner(server, self._directory)
+        other._prefix = self._prefix
+        return other
 
     def request(self, *, job="job", attempt=1, rank=0, devices=(), environment=None):
         return ForkRequest(

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 from service.cluster.fork_client import ForkedProcess, ForkRefused
@@ -91,6 +90,7 @@ def test_a_process_inherits_its_output_and_its_channel_and_nothing_else(owner):
     log = str(forked.log_path)
     assert {number: found.pop(number) for number in (0, 1, 2)} == {0: "/dev/null", 1: log, 2: log}
     assert found.pop(3).startswith("socket:")
+    assert "/fences/" in found.pop(5)
     assert found == {}
     assert all(other.ask("describe")["pid"] == other.pid for other in others)
 
@@ -99,7 +99,7 @@ def test_the_rendezvous_arrives_as_descriptor_4(owner):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         forked = owner.fork(rendezvous=listener)
         address = listener.getsockname()
-    assert set(forked.ask("describe")["descriptors"]) == {"0", "1", "2", "3", "4"}
+    assert set(forked.ask("describe")["descriptors"]) == {"0", "1", "2", "3", "4", "5"}
     forked.order("meet", fd=4)
     with socket.create_connection(address, timeout=DEADLINE_S) as connection:
         assert connection.recv(16) == b"hello"
@@ -295,7 +295,7 @@ def test_an_owner_that_will_not_wait_any_longer_is_forgotten(only_owner, lingeri
     earlier.process.exit_status()
     again = only_owner.fork(attempt=2)
     # Had the one that gave up been forked after all, this would be its sibling.
-    assert [child.pid for child in psutil.Process(only_owner.server.pid).children()] == [again.pid]
+    assert only_owner.server.forked_pids() == [again.pid]
 
 
 def test_an_earlier_attempt_is_refused_even_after_the_later_one_has_ended(owner):
@@ -329,6 +329,102 @@ def test_a_device_has_one_holder(owner):
     owner.fork(job="later", devices=("gpu:1",))
     assert not group_is_alive(holder.pid)
     assert neighbour.ask("describe")["pid"] == neighbour.pid
+
+
+@pytest.fixture
+def successor(only_owner, tmp_path):
+    """A forkserver that takes another's place on the same machine, and has heard nothing of it."""
+    with Server(tmp_path) as server, only_owner.moved_to(server) as owner:
+        yield owner
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_a_device_that_an_orphan_of_another_forkserver_holds_is_waited_for(only_owner, successor, attempt):
+    orphan = only_owner.fork(job="earlier", devices=("gpu:0", "gpu:1"))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(successor.fork, job="later", attempt=attempt, devices=("gpu:1",))
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.3)
+        assert not orphan.watch.is_over()
+        assert successor.fork(job="neighbour", devices=("gpu:2",)).ask("describe")
+        orphan.process.kill()
+        assert waiting.result(timeout=DEADLINE_S).ask("describe")["parent_pid"] == successor.server.pid
+    assert not group_is_alive(orphan.pid)
+
+
+def test_a_later_attempt_waits_for_an_earlier_one_of_another_forkserver(only_owner, successor):
+    earlier = only_owner.fork(attempt=1)
+    with ThreadPoolExecutor(1) as pool:
+        later = pool.submit(successor.fork, attempt=2)
+        with pytest.raises(TimeoutError):
+            later.result(timeout=0.3)
+        only_owner.server.process.kill()
+        assert later.result(timeout=DEADLINE_S).ask("describe")
+    assert earlier.watch.is_over()
+
+
+def test_an_earlier_attempt_is_refused_while_another_forkserver_runs_the_later_one(only_owner, successor):
+    later = only_owner.fork(attempt=2)
+    with pytest.raises(ForkRefused, match="later attempt"):
+        successor.fork(attempt=1)
+    assert later.ask("describe")["pid"] == later.pid
+
+
+def test_the_ranks_of_an_attempt_may_have_several_forkservers_on_one_machine(only_owner, successor):
+    assert only_owner.fork(rank=0).ask("describe")
+    assert successor.fork(rank=1).ask("describe")
+
+
+def test_a_successor_waits_for_helpers_too(only_owner, successor, lingering):
+    """The leader is gone, and so is its lock; what is left of its group may still hold a device."""
+    earlier = only_owner.fork(job="earlier", devices=("gpu:0",))
+    lingering.hold(earlier)
+    only_owner.server.process.kill()
+    earlier.watch.wait()
+    with ThreadPoolExecutor(1) as pool:
+        later = pool.submit(successor.fork, job="later", devices=("gpu:0",))
+        with pytest.raises(TimeoutError):
+            later.result(timeout=0.3)
+        lingering.let_go()
+        assert later.result(timeout=DEADLINE_S).ask("describe")
+    assert not group_is_alive(earlier.pid)
+
+
+def test_helpers_end_though_owner_and_forkserver_were_killed_at_once(only_owner):
+    command = [sys.executable, "-c", CLIENT, only_owner.server.socket_name, only_owner.request().model_dump_json()]
+    helper = Watch(only_owner.fork(rank=1).ask("spawn"))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        watch = Watch(int(owner.stdout.readline()))
+        owner.kill()
+        only_owner.server.process.kill()
+        for ended in (watch, helper):
+            ended.wait()
+            ended.close()
+
+
+def test_a_reaper_that_was_killed_is_replaced_and_knows_what_there_is(only_owner):
+    forked = only_owner.fork()
+    helper = Watch(forked.ask("spawn"))
+    reaper = Watch(only_owner.server.reaper_pid())
+    os.kill(reaper.pid, signal.SIGKILL)
+    reaper.wait()
+    assert forked.ask("describe")["pid"] == forked.pid
+    only_owner.fork(job="another")  # whoever forks has a reaper
+    assert only_owner.server.reaper_pid() != reaper.pid
+    only_owner.server.process.kill()
+    helper.wait()
+    helper.close()
+    reaper.close()
+
+
+def test_what_is_no_longer_held_leaves_no_file(only_owner, successor, tmp_path):
+    for rank in range(3):
+        forked = only_owner.fork(job=f"job-{rank}", devices=(f"gpu:{rank}",))
+        forked.order("return", status=0)
+        forked.process.exit_status()
+    only_owner.fork(job="last")
+    successor.fork(job="another")
+    assert len(list((tmp_path / "fences").iterdir())) == 2
 
 
 @pytest.mark.parametrize("packet", [b"{}", b"no json", b"x" * 70_000], ids=["empty", "text", "too-long"])
@@ -367,7 +463,7 @@ def test_two_hundred_quick_forks_leave_no_process_and_no_descriptor(only_owner):
             assert forked.process.exit_status() == 0
         forked.close()
     last = only_owner.fork(attempt=1000)  # starts once all earlier ones are gone
-    assert [child.pid for child in psutil.Process(only_owner.server.pid).children(recursive=True)] == [last.pid]
+    assert only_owner.server.forked_pids() == [last.pid]
     last.order("return", status=0)
     last.process.exit_status()
     last.close()

@@ -11,11 +11,11 @@ from service.domain.job import Outcome, Reason
 from service.domain.rank_protocol import Errored
 
 
-def _end(*, exit_status=0, step=None, stopped=False, cause=None):
+def _end(*, exit_status=0, step=None, stopped=False, cause=None, killed_in=None):
     error = None
     if cause is not None:
         error = Errored(cause=cause, error_type="SomeError", message=f"a {cause} problem", traceback="Traceback …")
-    return RankEnd(exit_status=exit_status, step=step, stopped=stopped, error=error)
+    return RankEnd(exit_status=exit_status, step=step, stopped=stopped, error=error, killed_in_state=killed_in)
 
 
 CLEAN = _end(step=7)
@@ -130,6 +130,48 @@ def test_effects_alone_are_a_loss():
     effect = _end(exit_status=1, cause="collective")
     ended = _judge({0: effect, 1: effect})
     assert (ended.outcome, ended.reason) == (Outcome.LOST, Reason.COLLECTIVE_FAILED)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_a_rank_that_kept_its_peers_waiting_is_named(order):
+    effect = _end(exit_status=1, cause="collective")
+    ended = _judge({0: effect, 1: _end(exit_status=-9, killed_in="T"), 2: effect}, order=order)
+    assert (ended.outcome, ended.reason) == (Outcome.LOST, Reason.RANK_LOST)
+    assert (ended.failure.rank, ended.failure.error_type) == (1, "RankSilent")
+    assert ended.message == "Rank 1 stopped answering: its process is stopped, by SIGSTOP or a terminal (state T)."
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_of_silent_ranks_the_one_that_was_stopped_is_named(order):
+    # The other one may have waited for it, and had not noticed yet that a third had given up.
+    ends = {0: _end(exit_status=1, cause="collective"), 1: _end(exit_status=-9, killed_in="S")}
+    ended = _judge(ends | {2: _end(exit_status=-9, killed_in="t")}, order=order)
+    assert (ended.failure.rank, "debugger" in ended.message) == (2, True)
+
+
+@pytest.mark.parametrize("cause", [_end(exit_status=-9), _end(exit_status=1, cause="user")])
+def test_what_a_rank_met_by_itself_outweighs_another_ones_silence(cause):
+    # The silent one was killed since its peer had failed; it may have been in the middle of anything.
+    ends = {0: _end(exit_status=-9, killed_in="R"), 1: cause}
+    assert _judge(ends).failure.rank == 1
+
+
+def test_a_killed_rank_that_had_said_why_is_judged_by_that():
+    assert _judge({0: _end(exit_status=-9, cause="user", killed_in="S")}).reason is Reason.USER_ERROR
+
+
+@pytest.mark.parametrize("state", ["R", "S", "D", "I"])
+def test_a_silent_rank_is_never_taken_for_one_that_ran_out_of_memory(state):
+    message = _judge({0: _end(exit_status=-9, killed_in=state)}).message
+    assert f"(state {state})" in message
+    assert "memory" not in message
+
+
+def test_a_node_that_cannot_be_reached_is_a_lost_node_and_the_cause():
+    unreachable = RankFailure.of_unreachable(1, "c")
+    ended = _judge({0: _end(exit_status=1, cause="collective")}, more=[unreachable])
+    assert (ended.reason, ended.failure.rank) == (Reason.NODE_LOST, 1)
+    assert "c" in ended.message
 
 
 @pytest.mark.parametrize("reason", [Reason.CANCEL_REQUESTED, Reason.TIMEOUT, Reason.SERVICE_STOPPED])

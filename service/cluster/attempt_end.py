@@ -43,14 +43,21 @@ class RankFailure:
     def of_process(cls, rank: int, end: RankEnd) -> "RankFailure":
         """Judge a process that did not end clean."""
         error = end.error
+        if end.out_of_memory:
+            failure = Failure(rank=rank, error_type="OutOfMemory", message=f"Rank {rank} {end.out_of_memory}")
+            return cls(outcome=Outcome.LOST, reason=Reason.OUT_OF_MEMORY, failure=failure)
         if error is not None:
             outcome, reason = {
                 "user": (Outcome.FAILED, Reason.USER_ERROR),
                 "checkpoint": (Outcome.LOST, Reason.CHECKPOINT_FAILED),
                 "collective": (Outcome.LOST, Reason.COLLECTIVE_FAILED),
+                "memory": (Outcome.LOST, Reason.OUT_OF_MEMORY),
             }[error.cause]
+            message = error.message
+            if error.cause == "memory":
+                message = f"Rank {rank} ran out of memory: lower batch.max_per_rank or use more workers. {message}"
             failure = Failure(
-                rank=rank, error_type=error.error_type, message=error.message, traceback=error.traceback or None
+                rank=rank, error_type=error.error_type, message=message, traceback=error.traceback or None
             )
             return cls(outcome=outcome, reason=reason, failure=failure, is_effect=error.cause == "collective")
         if end.killed_in_state is not None:

@@ -5,6 +5,7 @@ import selectors
 import signal
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from service.cluster.conversation import Conversation
 from service.cluster.fork_client import ForkedProcess
 from service.cluster.forkserver import RENDEZVOUS_FD, ForkRequest
 from service.cluster.log_shipper import SHIP_INTERVAL_S, LogShipper, ShippingThread
+from service.cluster.memory_watch import LOOK_INTERVAL_S, MemoryWatch
 from service.cluster.names import node_agent_name
 from service.cluster.preparation import Preparation
 from service.cluster.rank_directory import RankDirectory, RankOwner, clear_abandoned
@@ -199,16 +201,20 @@ class RankActor:
         reports = ReportSender(self._supervisor, self._rank)
         conversation = Conversation(self._launch, self._rank, reports, self._store)
         shipping = ShippingThread(self._shipper)
+        memory = MemoryWatch(self._process.pid, self._launch.spec.resources.memory_bytes_per_rank)
         with selectors.DefaultSelector() as selector:
             selector.register(self._channel, selectors.EVENT_READ)
             selector.register(self._process, selectors.EVENT_READ)
             next_ship = seen_going_at = time.monotonic() + SHIP_INTERVAL_S
             is_gone = False
             while not is_gone:
-                ready = {key.fileobj for key, _ in selector.select(max(0.0, next_ship - time.monotonic()))}
+                ready = {key.fileobj for key, _ in selector.select(LOOK_INTERVAL_S)}
                 if self._channel in ready and not conversation.receive(self._channel):
                     selector.unregister(self._channel)
                 is_gone = self._process in ready
+                if memory.look():
+                    with suppress(OSError):  # it has ended meanwhile
+                        self._process.kill()
                 now = time.monotonic()
                 if now >= next_ship:
                     shipping.submit_if_idle()
@@ -225,6 +231,9 @@ class RankActor:
         end = conversation.close(exit_status)
         if exit_status == -signal.SIGKILL:
             end = replace(end, killed_in_state=self._killed_in_state)
+        if self._killed_in_state is None:
+            why = memory.explain(exit_status, None if end.error is None else end.error.error_type)
+            end = replace(end, out_of_memory=why)
         is_shipped = shipping.finish()
         self._channel.close()
         self._process.close()

@@ -17,6 +17,7 @@ class RankEnd:
         note: why it ended before the last step by itself; empty where it did not.
         killed_in_state: the kernel's letter for the state of its process when the service killed it; None where it
             ended by itself.
+        out_of_memory: how it is known to have run out of memory, as what the rank did; empty where it is not.
     """
 
     exit_status: int
@@ -25,6 +26,7 @@ class RankEnd:
     error: Errored | None
     note: str = ""
     killed_in_state: str | None = None
+    out_of_memory: str = ""
 
     @property
     def is_clean(self) -> bool:

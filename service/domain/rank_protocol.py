@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from service.domain.journal import ExactnessFound, Metrics, Warned
 from service.domain.spec import JobSpec
 
+Cause = Literal["collective", "checkpoint", "memory", "user"]
+
 
 class RankMessage(BaseModel):
     """Base of the messages; immutable."""
@@ -75,11 +77,12 @@ class Errored(RankMessage):
 
     Attributes:
         cause: ``collective`` when a peer did not answer or went away, ``checkpoint`` when the training state could
-            not be written, ``user`` for anything that running it again would meet again.
+            not be written, ``memory`` when there was none left, ``user`` for anything that running it again would meet
+            again.
     """
 
     kind: Literal["errored"] = "errored"
-    cause: Literal["collective", "checkpoint", "user"]
+    cause: Cause
     error_type: str
     message: str
     traceback: str

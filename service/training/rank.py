@@ -6,15 +6,15 @@ import sys
 import time
 import traceback
 from contextlib import closing, suppress
-from typing import Literal
 
 import torch
 
-from service.domain.rank_protocol import Errored, RankTask
+from service.domain.rank_protocol import Cause, Errored, RankTask
 from service.domain.spec import STORED
 from service.training.channel import Channel
 from service.training.errors import ChannelClosed, CheckpointFailed
 from service.training.loop import train
+from service.training.out_of_memory import is_out_of_memory
 from service.training.world import is_collective_failure
 
 _log = logging.getLogger(__name__)
@@ -58,13 +58,15 @@ def _run(task_json: str, channel: Channel) -> int:
     return 0
 
 
-def _cause(error: BaseException) -> Literal["collective", "checkpoint", "user"]:
+def _cause(error: BaseException) -> Cause:
     if isinstance(error, CheckpointFailed):
         return "checkpoint"
-    return "collective" if is_collective_failure(error) else "user"
+    if is_collective_failure(error):
+        return "collective"
+    return "memory" if is_out_of_memory(error) else "user"
 
 
-def _describe(error: BaseException, cause: Literal["collective", "checkpoint", "user"]) -> Errored:
+def _describe(error: BaseException, cause: Cause) -> Errored:
     return Errored(
         cause=cause,
         error_type=type(error).__qualname__,

@@ -4,6 +4,7 @@ A failure says which process's death is not survived: one of the service's own o
 """
 
 import os
+import re
 import signal
 import time
 from contextlib import suppress
@@ -95,6 +96,18 @@ def test_what_a_rank_printed_last_outlives_its_actor(service: EmbeddedServicePro
     expected = ["0: last words of rank-0", "1: last words of rank-1"]
     wait_until(lambda: found() == expected, 15, lambda: f"{found()}\n{service.all_logs()}")
     wait_until(lambda: not list(service.data_dir.glob(f"node/*/{job_id}/1/rank-*")), 15, service.all_logs)
+
+
+def test_a_rank_that_uses_more_memory_than_it_may_is_ended_and_named(service: EmbeddedServiceProcess) -> None:
+    too_little = {"memory_bytes_per_rank": 64 << 20}  # torch alone takes more
+    job_id = service.submit(digits_job(steps=NUM_STEPS, resources=too_little, retry={"budget": 0}))
+    job = service.wait_for_end(job_id)
+    assert (job["status"], job["reason"]) == ("failed", "retries_exhausted"), job
+    assert job["failure"]["error_type"] == "OutOfMemory"
+    expected = rf"Rank {job['failure']['rank']} used \d\.\d+ GiB of the 0\.06 GiB it may have \(resources\."
+    assert re.match(expected, job["failure"]["message"]), job
+    (attempt,) = service.get(f"/v1/jobs/{job_id}/attempts")["attempts"]
+    assert attempt["reason"] == "out_of_memory"
 
 
 def test_the_kernel_would_end_training_first(service: EmbeddedServiceProcess) -> None:

@@ -12,6 +12,7 @@ import pytest
 from service.domain.journal import Metrics
 from service.domain.rank_protocol import Finished, Stepped
 from service.storage.manifest import verify_directory
+from tests.integration.training.brought_code import HERE
 from tests.integration.training.gang import MLP, Gang, job_spec, run_gang, run_job
 
 ENDLESS = {"model": MLP, "steps": 1_000_000, "schedule": {"name": "constant"}, "checkpoint": {"every_steps": 1_000_000}}
@@ -113,6 +114,16 @@ def test_a_loss_that_is_not_finite_is_reported_and_ends_the_job_at_the_same_step
         assert "learning_rate" in rank.errored.message
         assert "Traceback" in rank.errored.traceback
     assert not ranks[0].staged_dirs
+
+
+@pytest.mark.parametrize("kind", ["python", "torch"])
+def test_memory_that_runs_out_is_named(kind, tmp_path):
+    spec = job_spec(model={"factory": f"{HERE}:too_large_model", "args": {"kind": kind}})
+    (rank,) = run_gang(spec, world_size=1, staging_dir=tmp_path)
+    assert rank.exit_status == 1
+    assert (rank.errored.cause, rank.errored.error_type) == ("memory", "BadFactory"), (
+        rank.log
+    )  # which it was raised from
 
 
 def test_a_world_that_cannot_share_the_batch_is_an_error_of_the_user(tmp_path):

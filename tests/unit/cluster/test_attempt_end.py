@@ -11,11 +11,18 @@ from service.domain.job import Outcome, Reason
 from service.domain.rank_protocol import Errored
 
 
-def _end(*, exit_status=0, step=None, stopped=False, cause=None, killed_in=None):
+def _end(*, exit_status=0, step=None, stopped=False, cause=None, killed_in=None, out_of_memory=""):
     error = None
     if cause is not None:
         error = Errored(cause=cause, error_type="SomeError", message=f"a {cause} problem", traceback="Traceback …")
-    return RankEnd(exit_status=exit_status, step=step, stopped=stopped, error=error, killed_in_state=killed_in)
+    return RankEnd(
+        exit_status=exit_status,
+        step=step,
+        stopped=stopped,
+        error=error,
+        killed_in_state=killed_in,
+        out_of_memory=out_of_memory,
+    )
 
 
 CLEAN = _end(step=7)
@@ -39,6 +46,13 @@ def _judge(ends, *, stop_reason=None, step=5, order=None, more=()):
 )
 def test_a_rank_is_clean_only_if_it_said_so_and_left_so(end, is_clean):
     assert end.is_clean == is_clean
+
+
+def test_a_rank_that_ran_out_of_memory_is_named_with_the_remedy():
+    for end in (_end(exit_status=1, cause="memory"), _end(exit_status=-9, out_of_memory="used too much: lower it.")):
+        message = RankFailure.of_process(3, end).failure.message
+        assert message.startswith("Rank 3 ")
+        assert "lower" in message
 
 
 def test_all_done_is_success():
@@ -67,6 +81,15 @@ def test_a_stop_that_came_too_late_is_success():
         (_end(exit_status=1, cause="user"), Outcome.FAILED, Reason.USER_ERROR, "SomeError"),
         (_end(exit_status=1, cause="checkpoint"), Outcome.LOST, Reason.CHECKPOINT_FAILED, "SomeError"),
         (_end(exit_status=1, cause="collective"), Outcome.LOST, Reason.COLLECTIVE_FAILED, "SomeError"),
+        (_end(exit_status=1, cause="memory"), Outcome.LOST, Reason.OUT_OF_MEMORY, "SomeError"),
+        (_end(exit_status=-9, out_of_memory="used too much."), Outcome.LOST, Reason.OUT_OF_MEMORY, "OutOfMemory"),
+        # A process that read samples for it was ended.
+        (
+            _end(exit_status=1, cause="user", out_of_memory="was ended by the kernel."),
+            Outcome.LOST,
+            Reason.OUT_OF_MEMORY,
+            "OutOfMemory",
+        ),
         # Said why, and was then killed: what it said counts.
         (_end(exit_status=-9, cause="user"), Outcome.FAILED, Reason.USER_ERROR, "SomeError"),
         (_end(exit_status=-signal.SIGKILL), Outcome.LOST, Reason.RANK_LOST, "SIGKILL"),

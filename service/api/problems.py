@@ -16,7 +16,9 @@ from service.domain.errors import FieldProblem, ServiceError
 from service.domain.spec import field_problems
 
 MEDIA_TYPE = "application/problem+json"
-RETRY_AFTER_S = 1
+RETRY_AFTER_S: Mapping[int, int] = MappingProxyType(
+    {http.HTTPStatus.SERVICE_UNAVAILABLE: 1, http.HTTPStatus.INSUFFICIENT_STORAGE: 30}
+)
 MAX_PROBLEMS = 100
 MAX_TEXT = 1000  # characters of one message: what a client sent is not echoed back without end
 
@@ -72,6 +74,7 @@ PROBLEM_OF_ERROR: Mapping[type[ServiceError], ProblemType] = MappingProxyType(
             name="corrupt-checkpoint", status=500, title="A checkpoint differs from its manifest"
         ),
         errors.Unavailable: ProblemType(name="unavailable", status=503, title="The service cannot answer now"),
+        errors.DiskFull: ProblemType(name="disk-full", status=507, title="The service has no room to store this"),
         ServiceError: INTERNAL,
     }
 )
@@ -188,7 +191,7 @@ def _service_error(request: Request, error: Exception) -> Response:
         error.message,
         instance=request.url.path,
         problems=error.problems,
-        headers={"Retry-After": str(RETRY_AFTER_S)} if problem.status == http.HTTPStatus.SERVICE_UNAVAILABLE else None,
+        headers={"Retry-After": str(RETRY_AFTER_S[problem.status])} if problem.status in RETRY_AFTER_S else None,
     )
 
 

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from service.api.idempotency import OWNER
 from service.api.problems import BODY_INVALID, Refused
-from service.domain.errors import FieldProblem, InvalidSpec, InvalidUpload, NotFound, StorageError
+from service.domain.errors import FieldProblem, InvalidSpec, InvalidUpload, NotFound, ServiceError, storage_error
 from service.domain.ports import RunFiles
 from service.domain.spec import JobSpec
 from service.domain.uploads import (
@@ -76,7 +76,8 @@ async def receive_upload(request: Request, uploads: Uploads, kind: UploadKind, n
     Raises:
         Refused: the body broke off.
         InvalidUpload: it is not accepted.
-        StorageError: it cannot be kept.
+        DiskFull: there is no room for it.
+        StorageError: it cannot be kept for another reason.
     """
     try:
         file = await anyio.to_thread.run_sync(_open_nameless, uploads.directory)
@@ -199,5 +200,5 @@ def _open_nameless(directory: Path) -> BinaryIO:
     return TemporaryFile(dir=directory)  # gone with this process, however that ends
 
 
-def _cannot_be_kept(error: OSError) -> StorageError:
-    return StorageError(f"The service cannot keep the body: {error}. Its operator has to make room.")
+def _cannot_be_kept(error: OSError) -> ServiceError:
+    return storage_error(f"The service cannot keep the body: {error}.", error)

@@ -13,8 +13,10 @@ ServiceError
 ├── StorageError            run storage refused or lost something
 │   └── CorruptCheckpoint   a file of a checkpoint differs from its manifest
 └── Unavailable             the database or the cluster does not answer; try again
+    └── DiskFull            there is no room to store what was asked for; what was stored before is safe
 """
 
+import errno
 from dataclasses import dataclass
 
 
@@ -97,3 +99,14 @@ class CorruptCheckpoint(StorageError):
 
 class Unavailable(ServiceError):
     """The database or the cluster does not answer; trying again may help."""
+
+
+class DiskFull(Unavailable):
+    """There is no room to store what was asked for; somebody has to make some. What was stored before is safe."""
+
+
+def storage_error(message: str, cause: OSError) -> ServiceError:
+    """Return the error of files that cannot be written: ``DiskFull`` if that is why, or else ``StorageError``."""
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(f"{message} Make room there, and send it again.")
+    return StorageError(message)

@@ -9,7 +9,7 @@ from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from service.domain.errors import InvalidUpload, NotFound, StorageError, UserCodeRefused
+from service.domain.errors import InvalidUpload, NotFound, StorageError, UserCodeRefused, storage_error
 from service.domain.uploads import NewUpload, Upload, UploadKind
 from service.storage.archive import ArchiveLimits, check_archive, check_directory, refusal, unpack_archive
 from service.storage.node_cache import Claim, NodeCache
@@ -44,7 +44,7 @@ class StoredUploads:
         try:
             self._store.upload(Path(f"/proc/self/fd/{file.fileno()}"), path)
         except OSError as error:
-            raise StorageError(f"Run storage did not take {path}: {error}") from error
+            raise storage_error(f"Run storage did not take {path}: {error}.", error) from error
 
     def path(self, upload: Upload) -> str:
         """Return where an upload's bytes lie, relative to the root of run storage."""

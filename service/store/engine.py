@@ -13,7 +13,8 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from service.domain.errors import ServiceError, Unavailable
+from service.domain.errors import DiskFull, ServiceError, Unavailable
+from service.store.turns import LOCK_TIMEOUT_S, Turns
 
 try:
     import pysqlite3.dbapi2 as sqlite_driver  # carries an SQLite without the WAL-reset race
@@ -24,14 +25,18 @@ logger = logging.getLogger(__name__)
 
 JournalMode = Literal["wal", "delete"]
 
-LOCK_TIMEOUT_S = 5.0
-"""How long a transaction waits for another's lock."""
-
 _STATEMENT_TIMEOUT_S = 30
+# No transaction of ours rests: one that does belongs to a process that was stopped, and others wait for its locks.
+_IDLE_TIMEOUT_S = 5
 _CONNECT_TIMEOUT_S = 5
 _POOL_SIZE = 10
 _POOL_OVERFLOW = 30  # with the pool, the 40 threads that an API process answers on
-_NO_SCHEMA = ("42P01", "3F000")  # PostgreSQL: undefined table, undefined schema
+# Of PostgreSQL.
+_NO_SCHEMA = ("42P01", "3F000")  # undefined table, undefined schema
+_NO_ROOM = ("53100",)  # disk full
+_AWAY = ("25P03", "25006")  # idle for too long in a transaction; a server that only reads, such as a stand-by
+# Of SQLite; the second where the index of the write-ahead log cannot grow.
+_SQLITE_NO_ROOM = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
 
 
 class Database:
@@ -46,8 +51,7 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.engine = create_engine(url)
-        # SQLite has one writer. Threads that wait here are woken at once; its own busy handler sleeps, ever longer.
-        self._turn = threading.Lock() if self.engine.dialect.name == "sqlite" else None
+        self._turns = Turns(one_by_one=self.engine.dialect.name == "sqlite")
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -69,7 +73,7 @@ class Database:
         Raises:
             Unavailable: the database does not answer, or another transaction held a lock for too long.
         """
-        with self._taking_turns(), outages_as_unavailable(), self.engine.connect() as connection:
+        with self._turns.take(), outages_as_unavailable(), self.engine.connect() as connection:
             # A transaction that reads first and writes later would fail, not wait, where another wrote in between.
             connection.execution_options(sqlite_begin="IMMEDIATE")
             with connection.begin():
@@ -79,29 +83,26 @@ class Database:
         """Close the connections that are not in use."""
         self.engine.dispose()
 
-    @contextmanager
-    def _taking_turns(self) -> Iterator[None]:
-        if self._turn is None:
-            yield
-            return
-        if not self._turn.acquire(timeout=LOCK_TIMEOUT_S):
-            raise Unavailable(f"The database was busy with other writes for {LOCK_TIMEOUT_S:g} s. Try again.")
-        try:
-            yield
-        finally:
-            self._turn.release()
-
 
 @contextmanager
 def outages_as_unavailable() -> Iterator[None]:
-    """Turn what the driver raises when the database does not answer into ``Unavailable``."""
+    """Turn what the driver raises when the database does not answer into ``Unavailable``, or ``DiskFull``."""
     try:
         yield
-    except (OperationalError, InterfaceError, PoolTimeout) as error:
+    except PoolTimeout as error:
         raise Unavailable(f"The database does not answer: {_first_line(error)}") from error
     except DBAPIError as error:
-        if getattr(error.orig, "sqlstate", None) in _NO_SCHEMA:
+        state = getattr(error.orig, "sqlstate", None)
+        if state in _NO_ROOM or getattr(error.orig, "sqlite_errorname", None) in _SQLITE_NO_ROOM:
+            raise DiskFull(
+                f"The disk of the job database is full ({_first_line(error)}), and nothing of this was stored. Make "
+                "room on it. Until then the service shows what it has, and takes nothing new."
+            ) from error
+        if state in _NO_SCHEMA:
             raise Unavailable(f"The database has no tables yet: {_first_line(error)}") from error
+        is_away = state in _AWAY or error.connection_invalidated
+        if is_away or isinstance(error, OperationalError | InterfaceError):
+            raise Unavailable(f"The database does not answer: {_first_line(error)}") from error
         raise
 
 
@@ -225,7 +226,7 @@ def _create_postgresql_engine(url: sa.URL) -> Engine:
             # An acknowledged submit is durable even where the server's default says otherwise.
             "CASE current_setting('synchronous_commit') WHEN 'off' "
             "THEN set_config('synchronous_commit', 'on', false) END",
-            (f"{LOCK_TIMEOUT_S:g}s", f"{_STATEMENT_TIMEOUT_S}s", f"{_STATEMENT_TIMEOUT_S}s"),
+            (f"{LOCK_TIMEOUT_S:g}s", f"{_STATEMENT_TIMEOUT_S}s", f"{_IDLE_TIMEOUT_S}s"),
         )
         connection.commit()
 

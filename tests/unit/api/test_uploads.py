@@ -213,7 +213,8 @@ def test_a_directory_that_cannot_be_written_is_a_problem_with_a_remedy(service, 
 
     monkeypatch.setattr(uploads, "TemporaryFile", refuse)
     answer = api.post("/v1/bundles", content=BUNDLE)
-    assert answer.json()["type"] == "urn:syncbn:problem:storage-error"
+    assert answer.status_code == 507
+    assert answer.json()["type"] == "urn:syncbn:problem:disk-full"
     assert "No space left" in answer.json()["detail"]
 
 

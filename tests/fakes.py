@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -182,6 +183,16 @@ class FakeJobStore:
             job = self._add(spec, Reason.SUBMITTED, owner)
             self._claim(key, job.id)
             return job, True
+
+    def submit_soon(
+        self, spec: JobSpec, *, owner: str = DEFAULT_OWNER, key: IdempotencyKey | None = None
+    ) -> Future[tuple[Job, bool]]:
+        future: Future[tuple[Job, bool]] = Future()
+        try:
+            future.set_result(self.submit(spec, owner=owner, key=key))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
     def _add(self, spec: JobSpec, reason: Reason, owner: str, origin: Origin | None = None) -> Job:
         self._check_relations(spec)

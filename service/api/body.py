@@ -24,10 +24,12 @@ class Document:
     Attributes:
         data: the parsed document.
         sha256: hash of its canonical form, hexadecimal: keys sorted, no white space.
+        size_bytes: as it was sent.
     """
 
     data: Any
     sha256: str
+    size_bytes: int
 
 
 async def read_document(request: Request) -> Document:
@@ -59,7 +61,7 @@ def parse_document(raw: bytes) -> Document:
     if problems:
         raise Refused(REQUEST_INVALID, "The body holds values that no field can take.", problems)
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return Document(data=data, sha256=hashlib.sha256(canonical.encode()).hexdigest())
+    return Document(data=data, sha256=hashlib.sha256(canonical.encode()).hexdigest(), size_bytes=len(raw))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What the parts need of each other. One contract suite per port runs on every implementation, fakes included."""
 
 from collections.abc import Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -99,6 +100,15 @@ class JobStore(Protocol):
         Raises:
             InvalidSpec: it names a queue that there is not, or comes after a job that there is not or that has failed.
             IdempotencyConflict: the key was used with another body.
+        """
+        ...
+
+    def submit_soon(
+        self, spec: JobSpec, *, owner: str = DEFAULT_OWNER, key: IdempotencyKey | None = None
+    ) -> "Future[tuple[Job, bool]]":
+        """As ``submit``, without waiting: those that wait at once are made durable together.
+
+        Each has its own outcome. Cancelled in time, it has no effect.
         """
         ...
 

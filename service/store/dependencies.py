@@ -43,12 +43,6 @@ def find_numbers(connection: Connection, after: Sequence[str]) -> list[int]:
     return [found[job_id].number for job_id in after]
 
 
-def add(connection: Connection, number: int, after: Sequence[int]) -> None:
-    """Note which jobs have to succeed before a new one starts."""
-    if after:
-        connection.execute(sa.insert(job_dependencies), [{"job_number": number, "after_number": one} for one in after])
-
-
 def list_held_back(connection: Connection, now: datetime) -> dict[str, HeldBack]:
     """Return the queued jobs that may not start yet, by id."""
     waits_for: dict[str, list[str]] = defaultdict(list)

@@ -8,14 +8,14 @@ from sqlalchemy.engine import Connection, Row
 
 from service.domain.job import Event, Reason
 from service.domain.ports import Feed
+from service.store.bulk import insert_rows
 from service.store.metrics import read_points, select_points
 from service.store.tables import events, jobs, metrics
 
 
 def insert_events(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
     """Add events whose positions were taken under the job's lock."""
-    if rows:
-        connection.execute(sa.insert(events), rows)
+    insert_rows(connection, events, rows)
 
 
 def list_events(connection: Connection, number: int, *, after: int, limit: int) -> tuple[Event, ...]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -117,79 +117,6 @@ def locked_job(connection: Connection, job_id: str) -> Iterator[LockedJob]:
     locked = LockedJob(connection, _job_row(connection, job_id, for_update=True))
     yield locked
     locked.write()
-
-
-def insert_job(
-    connection: Connection,
-    job_id: str,
-    spec: JobSpec,
-    time: datetime,
-    *,
-    owner: str,
-    origin: Origin | None = None,
-) -> int:
-    """Store a new job with its first event: as queued, or as paused where it is to be held.
-
-    Args:
-        connection: in a transaction for writing.
-        job_id: its name.
-        spec: the job.
-        time: now.
-        owner: whose it is.
-        origin: the checkpoint of another job that it begins at, if it does.
-
-    Returns:
-        The number of its row.
-    """
-    status, reason, message = JobStatus.QUEUED, Reason.SUBMITTED, "Waits to be placed."
-    if origin is not None:
-        reason, message = Reason.FORKED, f"Forked from step {origin.step} of job {origin.job_id}. {message}"
-    if spec.hold:
-        status, reason, message = JobStatus.PAUSED, Reason.HELD, "Held, as was asked for. Resume it to have it placed."
-    number = connection.execute(
-        sa.insert(jobs).returning(jobs.c.number),
-        {
-            "id": job_id,
-            "name": spec.name,
-            "priority": spec.priority,
-            "spec": spec.model_dump_json(),
-            "status": status,
-            "reason": reason,
-            "message": message,
-            "attempt": 0,
-            "retries_used": 0,
-            "step": 0 if origin is None else origin.step,
-            "num_steps": spec.num_steps,
-            "cancel_requested": False,
-            "running_s": 0.0,
-            "position": 1,
-            "created_at": time,
-            "origin_job_id": None if origin is None else origin.job_id,
-            "origin_attempt": None if origin is None else origin.attempt,
-            "origin_step": None if origin is None else origin.step,
-            "owner": owner,
-            "queue": spec.queue,
-            "preemptions_used": 0,
-            "start_by": None if spec.start_deadline_s is None else time + timedelta(seconds=spec.start_deadline_s),
-        },
-    ).scalar_one()
-    if spec.labels:
-        connection.execute(
-            sa.insert(job_labels),
-            [{"job_number": number, "key": key, "value": value} for key, value in spec.labels.items()],
-        )
-    first = {
-        "job_number": number,
-        "position": 1,
-        "time": time,
-        "kind": "status",
-        "attempt": 0,
-        "reason": reason,
-        "message": message,
-        "data": {"from": None, "to": status},
-    }
-    feed.insert_events(connection, [first])
-    return int(number)
 
 
 def get_job(connection: Connection, job_id: str) -> Job:

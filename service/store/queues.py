@@ -1,6 +1,6 @@
 """Queues: their settings, what was used through them, and what is in them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -43,10 +43,10 @@ def list_states(connection: Connection) -> tuple[QueueState, ...]:
     )
 
 
-def exists(connection: Connection, name: str) -> bool:
-    """Return whether there is a queue of this name; it stays to the end of the transaction."""
-    query = sa.select(queues.c.name).where(queues.c.name == name).with_for_update(key_share=True, read=True)
-    return connection.execute(query).first() is not None
+def existing(connection: Connection, names: Collection[str]) -> set[str]:
+    """Return those names that queues have; these queues stay to the end of the transaction."""
+    query = sa.select(queues.c.name).where(queues.c.name.in_(names)).with_for_update(key_share=True, read=True)
+    return set(connection.execute(query).scalars())
 
 
 def put(connection: Connection, queue: Queue) -> bool:

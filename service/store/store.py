@@ -1,13 +1,14 @@
 """The job database behind the domain's ports: each method is one transaction."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import datetime
 
 from sqlalchemy.engine import Connection
 from typing_extensions import override
 
-from service.domain.errors import FieldProblem, InvalidSpec, NotFound
+from service.domain.errors import NotFound
 from service.domain.job import (
     DEFAULT_OWNER,
     Attempt,
@@ -55,7 +56,10 @@ from service.store import (
 )
 from service.store.clock import read_clock
 from service.store.engine import Database
+from service.store.group_commit import GroupCommit
 from service.store.ids import new_job_id
+from service.store.new_jobs import NewJob, add_job
+from service.store.submissions import Submission, submit_all
 
 
 class SqlStore(JobStore, SchedulerStore, UploadStore):
@@ -70,25 +74,23 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
 
     def __init__(self, url: str) -> None:
         self._database = Database(url)
+        self._submissions = GroupCommit(self._submit_all, name="submissions")
 
     def close(self) -> None:
         """Close the connections. The store may still be used, and then connects anew."""
+        self._submissions.close()
         self._database.close()
 
     # For the API
 
     @override
-    def submit(
+        return self.submit_soon(spec, owner=owner, key=key).result()
+
+    @override
+    def submit_soon(
         self, spec: JobSpec, *, owner: str = DEFAULT_OWNER, key: IdempotencyKey | None = None
-    ) -> tuple[Job, bool]:
-        job_id = new_job_id()
-        with self._database.writing() as connection:
-            now = read_clock(connection)
-            if key is not None:
-                earlier_id = idempotency.claim_key(connection, key, job_id, now)
-                if earlier_id is not None:
-                    return jobs.get_job(connection, earlier_id), False
-            return _add_job(connection, job_id, spec, now, owner=owner), True
+    ) -> Future[tuple[Job, bool]]:
+        return self._submissions.put(Submission(new=NewJob(id=new_job_id(), spec=spec, owner=owner), key=key))
 
     @override
     def get(self, job_id: str) -> Job:
@@ -158,7 +160,7 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
             if (origin.attempt, origin.step) not in {(one.attempt, one.step) for one in listed}:
                 raise NotFound(f"The checkpoint of step {origin.step} of job {origin.job_id} was removed meanwhile.")
             parent.add_event("forked", f"Forked at step {origin.step}.", time=now, data={"job_id": job_id})
-            return _add_job(connection, job_id, spec, now, owner=owner, origin=origin), True
+            return add_job(connection, NewJob(id=job_id, spec=spec, owner=owner, origin=origin), now), True
 
     @override
     def attempts(self, job_id: str) -> tuple[Attempt, ...]:
@@ -375,6 +377,10 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
         with self._leading(lease) as connection:
             checkpoints.forget(connection, jobs.find_number(connection, job_id), attempt, step)
 
+    def _submit_all(self, submissions: Sequence[Submission]) -> Sequence[tuple[Job, bool] | Exception]:
+        with self._database.writing() as connection:
+            return submit_all(connection, submissions, read_clock(connection))
+
     def _wish(
         self,
         job_id: str,
@@ -392,17 +398,3 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
         with self._database.writing() as connection:
             leases.verify(connection, lease)
             yield connection
-
-
-def _add_job(
-    connection: Connection, job_id: str, spec: JobSpec, now: datetime, *, owner: str, origin: Origin | None = None
-) -> Job:
-    if not queues.exists(connection, spec.queue):
-        problem = FieldProblem(
-            field="queue", message=f"there is no queue {spec.queue!r}. List queues, or make it first."
-        )
-        raise InvalidSpec("The job cannot be queued.", (problem,))
-    after = dependencies.find_numbers(connection, spec.after) if spec.after else []
-    number = jobs.insert_job(connection, job_id, spec, now, owner=owner, origin=origin)
-    dependencies.add(connection, number, after)
-    return jobs.get_job(connection, job_id)

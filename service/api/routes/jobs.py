@@ -1,11 +1,13 @@
 """Jobs: submit, list, look at."""
 
+import asyncio
 import logging
 from typing import Annotated, Any
 
+import anyio.to_thread
 from fastapi import APIRouter, Query, Response
 
-from service.api.body import RequestDocument
+from service.api.body import Document, RequestDocument
 from service.api.fit import fit_problem
 from service.api.idempotency import OWNER, REPLAYED_HEADER, RequestKey
 from service.api.owner import RequestOwner
@@ -16,9 +18,13 @@ from service.domain.errors import InvalidSpec
 from service.domain.job import Job
 from service.domain.ports import IdempotencyKey
 from service.domain.spec import JobSpec, parse_spec
+from service.domain.uploads import brings_something
 
 logger = logging.getLogger(__name__)
 router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+MAX_LIGHT_BYTES = 16 << 10
+"""A larger job is checked in a thread, so that no one else waits for it."""
 
 SPEC_BODY = {
     "requestBody": {
@@ -33,27 +39,50 @@ CREATED: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post("", status_code=201, openapi_extra=SPEC_BODY, responses=CREATED)
-def submit_job(
-    document: RequestDocument, key: RequestKey, owner: RequestOwner, parts: AppParts, response: Response
-) -> Job:
+@router.post("", status_code=201, openapi_extra=SPEC_BODY, responses=CREATED, response_model=Job)
+async def submit_job(
+    document: RequestDocument, key: RequestKey, owner: RequestOwner, parts: AppParts
+) -> Response:
     """Submit a job. Once this is answered, no crash loses it."""
     named = None
     if key is not None:
         named = IdempotencyKey(owner=OWNER, route="POST /v1/jobs", key=key, body_sha256=document.sha256)
-    # Before the checks, whose answer may be another by now.
-    job, created = (None if named is None else parts.store.replayed(named)), False
-    if job is None:
-        spec = parse_spec(document.data)
-        check_uploads(spec, parts.uploads.rows)
-        refuse_unfit(spec, parts)
-        job, created = parts.store.submit(spec, owner=owner, key=named)
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    try:
+        spec = await _checked(document, parts)
+    except InvalidSpec:
+        # It may have been accepted before, when the checks had another answer.
+        job = None if named is None else await anyio.to_thread.run_sync(parts.store.replayed, named)
+        if job is None:
+            raise
+        created = False
+    else:
+        job, created = await asyncio.wrap_future(parts.store.submit_soon(spec, owner=owner, key=named))
+    headers = {"Location": f"/v1/jobs/{job.id}"}
     if created:
         nudge(parts)
     else:
-        response.headers[REPLAYED_HEADER] = "true"
-    return job
+        headers[REPLAYED_HEADER] = "true"
+    # Written out directly: the job is a model of ours, which needs no check on its way out.
+    return Response(job.model_dump_json(), status_code=201, headers=headers, media_type="application/json")
+
+
+async def _checked(document: Document, parts: Parts) -> JobSpec:
+    """Return the job of a document. Raises ``InvalidSpec``; what may take more than a moment runs in a thread."""
+    workers = document.data.get("workers") if isinstance(document.data, dict) else None
+    is_elastic = isinstance(workers, dict)  # each number of workers is tried, up to thousands
+    if is_elastic or document.size_bytes > MAX_LIGHT_BYTES:
+        spec = await anyio.to_thread.run_sync(_parsed, document.data, parts)
+    else:
+        spec = _parsed(document.data, parts)
+    if brings_something(spec):
+        await anyio.to_thread.run_sync(check_uploads, spec, parts.uploads.rows)
+    return spec
+
+
+def _parsed(data: object, parts: Parts) -> JobSpec:
+    spec = parse_spec(data)
+    refuse_unfit(spec, parts)
+    return spec
 
 
 @router.get("")

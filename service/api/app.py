@@ -65,11 +65,12 @@ def create_app(
     Raises:
         ValueError: the token is empty.
     """
+    guard = TokenGuard(token)
     app = FastAPI(
         title="syncbn",
         summary="Distributed training with synchronized batch norm",
         version="1",
-        dependencies=[Depends(TokenGuard(token))],
+        dependencies=[Depends(guard)],
         responses=ANY_ERROR,
         # The pages of docs load scripts from elsewhere; the schema has a route of ours, behind the token.
         docs_url=None,
@@ -78,6 +79,7 @@ def create_app(
         redirect_slashes=False,
         separate_input_output_schemas=False,
     )
+    app.state.guard = guard
     app.state.parts = Parts(
         store=store,
         files=files,
@@ -95,6 +97,7 @@ def create_app(
     )
     install_problem_handlers(app)
     v1 = APIRouter(prefix="/v1")
+    v1.include_router(jobs.direct_router)
     for resource in (jobs, plan, lifecycle, history, logs, checkpoints, stream, bundles, datasets, queues, cluster):
         v1.include_router(resource.router)
     app.include_router(v1)

@@ -41,6 +41,10 @@ class TokenGuard:
         if not hmac.compare_digest(credentials.credentials.encode("latin-1", "replace"), self._token):
             raise _refusal("The token is not the one of this service.")
 
+    async def admit(self, request: Request) -> None:
+        """Let a request pass, or refuse it: for a route that resolves no dependencies."""
+        await self(request, await _bearer(request))
+
 
 def _refusal(what: str) -> Refused:
     return Refused(UNAUTHENTICATED, f"{what} {_REMEDY}", headers={"WWW-Authenticate": 'Bearer realm="syncbn"'})

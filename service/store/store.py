@@ -84,13 +84,16 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
     # For the API
 
     @override
+    def submit(
+        self, spec: JobSpec, *, owner: str = DEFAULT_OWNER, key: IdempotencyKey | None = None
+    ) -> tuple[Job, bool]:
         return self.submit_soon(spec, owner=owner, key=key).result()
 
     @override
     def submit_soon(
         self, spec: JobSpec, *, owner: str = DEFAULT_OWNER, key: IdempotencyKey | None = None
     ) -> Future[tuple[Job, bool]]:
-        return self._submissions.put(Submission(new=NewJob(id=new_job_id(), spec=spec, owner=owner), key=key))
+        return self._submissions.put(Submission(spec=spec, owner=owner, key=key))
 
     @override
     def get(self, job_id: str) -> Job:

@@ -5,13 +5,16 @@ import logging
 from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 
-from service.api.body import Document, RequestDocument
+from service.api import idempotency
+from service.api import owner as owners
+from service.api.body import Document, read_document
+from service.api.direct import DirectRoute, header_parameters
 from service.api.fit import fit_problem
-from service.api.idempotency import OWNER, REPLAYED_HEADER, RequestKey
-from service.api.owner import RequestOwner
-from service.api.parts import AppParts, JobId, Parts
+from service.api.idempotency import OWNER, REPLAYED_HEADER, read_key
+from service.api.owner import read_owner
+from service.api.parts import AppParts, JobId, Parts, parts_of
 from service.api.schemas import JobList, JobQuery
 from service.api.uploads import check_uploads
 from service.domain.errors import InvalidSpec
@@ -22,6 +25,7 @@ from service.domain.uploads import brings_something
 
 logger = logging.getLogger(__name__)
 router = APIRouter(prefix="/jobs", tags=["jobs"])
+direct_router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=DirectRoute)
 
 MAX_LIGHT_BYTES = 16 << 10
 """A larger job is checked in a thread, so that no one else waits for it."""
@@ -34,16 +38,19 @@ SPEC_BODY = {
 }
 
 
+HEADERS = {"parameters": [*header_parameters(read_key), *header_parameters(read_owner)]}
 CREATED: dict[int | str, dict[str, Any]] = {
     201: {"headers": {"Location": {"description": "path of the job", "schema": {"type": "string"}}}}
 }
 
 
-@router.post("", status_code=201, openapi_extra=SPEC_BODY, responses=CREATED, response_model=Job)
-async def submit_job(
-    document: RequestDocument, key: RequestKey, owner: RequestOwner, parts: AppParts
-) -> Response:
+@direct_router.post("", status_code=201, openapi_extra=SPEC_BODY | HEADERS, responses=CREATED, response_model=Job)
+async def submit_job(request: Request) -> Response:
     """Submit a job. Once this is answered, no crash loses it."""
+    parts = await parts_of(request)
+    document = await read_document(request)
+    key = await read_key(request.headers.get(idempotency.HEADER))
+    owner = await read_owner(request.headers.get(owners.HEADER))
     named = None
     if key is not None:
         named = IdempotencyKey(owner=OWNER, route="POST /v1/jobs", key=key, body_sha256=document.sha256)
@@ -51,10 +58,10 @@ async def submit_job(
         spec = await _checked(document, parts)
     except InvalidSpec:
         # It may have been accepted before, when the checks had another answer.
-        job = None if named is None else await anyio.to_thread.run_sync(parts.store.replayed, named)
-        if job is None:
+        earlier = None if named is None else await anyio.to_thread.run_sync(parts.store.replayed, named)
+        if earlier is None:
             raise
-        created = False
+        job, created = earlier, False
     else:
         job, created = await asyncio.wrap_future(parts.store.submit_soon(spec, owner=owner, key=named))
     headers = {"Location": f"/v1/jobs/{job.id}"}

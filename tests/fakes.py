@@ -15,11 +15,13 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from service.domain.curve import Bucket, Curve
 from service.domain.errors import (
     FieldProblem,
     IdempotencyConflict,
@@ -152,6 +154,37 @@ class _Row:
             (one for key, one in self.checkpoints.items() if key not in left_out),
             key=lambda checkpoint: checkpoint.step,
         )
+
+
+def naive_curves(
+    points: Sequence[MetricPoint], width: int, from_step: int = 0, to_step: int | None = None
+) -> dict[str, Curve]:
+    """Roll points up, by the definition."""
+    groups: dict[str, dict[int, list[MetricPoint]]] = {}
+    for point in sorted(points, key=lambda point: point.step):
+        place = point.step // width
+        if from_step // width <= place and (to_step is None or place <= to_step // width):
+            groups.setdefault(point.name, {}).setdefault(place, []).append(point)
+    return {
+        name: Curve(bucket_steps=width, buckets=tuple(_naive_bucket(group) for group in of_name.values()))
+        for name, of_name in sorted(groups.items())
+    }
+
+
+def _naive_bucket(points: list[MetricPoint]) -> Bucket:
+    values = [Fraction(point.value) for point in points if point.value is not None]
+    return Bucket(
+        first_step=points[0].step,
+        last_step=points[-1].step,
+        count=len(values),
+        nonfinite_count=len(points) - len(values),
+        min=float(min(values)) if values else None,
+        mean=float(sum(values) / len(values)) if values else None,
+        max=float(max(values)) if values else None,
+        last=points[-1].value,
+        last_nonfinite=points[-1].nonfinite,
+        attempt=points[-1].attempt,
+    )
 
 
 class FakeJobStore:
@@ -368,15 +401,35 @@ class FakeJobStore:
         with self._transaction():
             return tuple([event for event in self._row(job_id).events if event.position > after][:limit])
 
-    def metrics(self, job_id: str, *, names: Sequence[str] = (), after_step: int = -1) -> tuple[MetricPoint, ...]:
+    def metrics(
+        self, job_id: str, *, names: Sequence[str] = (), after_step: int = -1, to_step: int | None = None
+    ) -> tuple[MetricPoint, ...]:
         with self._transaction():
             row = self._row(job_id)
             points = [
                 point
                 for point in row.counting_points()
-                if point.step > after_step and (not names or point.name in names)
+                if point.step > after_step
+                and (to_step is None or point.step <= to_step)
+                and (not names or point.name in names)
             ]
             return tuple(sorted(points, key=lambda point: (point.step, point.name)))
+
+    def curves(
+        self,
+        job_id: str,
+        *,
+        max_points: int,
+        names: Sequence[str] = (),
+        from_step: int = 0,
+        to_step: int | None = None,
+    ) -> Mapping[str, Curve]:
+        width = 1
+        while True:
+            curves = naive_curves(self.metrics(job_id, names=names), width, from_step, to_step)
+            if all(len(curve.buckets) <= max_points for curve in curves.values()):
+                return curves
+            width *= 2
 
     def feed(self, job_id: str, *, after: int = 0, limit: int = 1000) -> Feed:
         with self._transaction():

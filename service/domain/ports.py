@@ -7,6 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Protocol
 
+from service.domain.curve import Curve
 from service.domain.job import (
     DEFAULT_OWNER,
     Attempt,
@@ -213,8 +214,36 @@ class JobStore(Protocol):
         """Return events after a position, in order. Raises ``NotFound``."""
         ...
 
-    def metrics(self, job_id: str, *, names: Sequence[str] = (), after_step: int = -1) -> tuple[MetricPoint, ...]:
+    def metrics(
+        self, job_id: str, *, names: Sequence[str] = (), after_step: int = -1, to_step: int | None = None
+    ) -> tuple[MetricPoint, ...]:
         """Return the points that count (none superseded), ordered by step, then name. Raises ``NotFound``."""
+        ...
+
+    def curves(
+        self,
+        job_id: str,
+        *,
+        max_points: int,
+        names: Sequence[str] = (),
+        from_step: int = 0,
+        to_step: int | None = None,
+    ) -> Mapping[str, Curve]:
+        """Return training curves rolled up, of the points that count.
+
+        Args:
+            job_id: of which job.
+            max_points: most buckets of a curve, at least 2; it is as fine as that allows, or nearly so.
+            names: of the metrics; none: all of them.
+            from_step: first step; the bucket that it lies in is whole.
+            to_step: last step, likewise; None: the last that there is.
+
+        Returns:
+            By name those that have points in this range.
+
+        Raises:
+            NotFound: no such job.
+        """
         ...
 
     def feed(self, job_id: str, *, after: int = 0, limit: int = 1000) -> Feed:

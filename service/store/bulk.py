@@ -4,17 +4,23 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 Value = Any
+_ROWS_PER_WRITE = 1000  # the server stores these while the next are written
+_ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
 _Process = Callable[[Value], Value]
 
 
 def insert_rows(
-    connection: Connection, table: sa.Table, rows: Sequence[Mapping[str, Value]], *, or_nothing: bool = False
+    connection: Connection,
+    table: sa.Table,
+    rows: Sequence[Mapping[str, Value]],
+    *,
+    on_conflict: Literal["fail", "skip", "replace"] = "fail",
 ) -> int:
     """Insert rows, and return how many.
 
@@ -25,14 +31,14 @@ def insert_rows(
         connection: in a transaction for writing.
         table: where to.
         rows: by column name, all with the same ones.
-        or_nothing: leave out what conflicts with a row that is there; the rest is inserted.
+        on_conflict: with a row of the same primary key that is there: what becomes of the new one.
     """
     if not rows:
         return 0
     names = tuple(rows[0])
     processes = _processes(connection.dialect, table, names)
     columns = ", ".join(names)
-    tail = " ON CONFLICT DO NOTHING" if or_nothing else ""
+    tail = _tail(table, names, on_conflict)
     if connection.dialect.name == "sqlite":
         statement = f"INSERT INTO {table.name} ({columns}) VALUES ({', '.join('?' * len(names))}){tail}"  # noqa: S608
         values: Any = [
@@ -56,6 +62,56 @@ def insert_rows(
         ]
         values = (json.dumps(document, allow_nan=False, default=_iso),)
     return connection.exec_driver_sql(statement, values).rowcount
+
+
+def copy_rows(connection: Connection, table: str, columns: Sequence[str], rows: Sequence[tuple[Value, ...]]) -> None:
+    """Insert thousands of rows in the shortest way that a database has: PostgreSQL's COPY, or a prepared statement.
+
+    Args:
+        connection: in a transaction for writing.
+        table: where to.
+        columns: of the rows, in their order.
+        rows: of integers, floats, booleans, None and text that is ``plain``.
+    """
+    names = ", ".join(columns)
+    if connection.dialect.name == "sqlite":
+        places = ", ".join("?" * len(columns))
+        connection.exec_driver_sql(f"INSERT INTO {table} ({names}) VALUES ({places})", list(rows))  # noqa: S608
+        return
+    statement = f"COPY {table} ({names}) FROM STDIN"
+    driver = connection.connection.driver_connection
+    base_error = connection.dialect.loaded_dbapi.Error
+    assert driver is not None
+    try:
+        with driver.cursor() as cursor, cursor.copy(statement) as copy:
+            for first in range(0, len(rows), _ROWS_PER_WRITE):
+                lines = ["\t".join(map(_copied, row)) for row in rows[first : first + _ROWS_PER_WRITE]]
+                copy.write("\n".join(lines) + "\n")
+    except base_error as error:
+        # As SQLAlchemy raises it where it runs a statement itself.
+        raise sa.exc.DBAPIError.instance(statement, None, error, base_error, dialect=connection.dialect) from error
+
+
+def _copied(value: Value) -> str:
+    """Return a value as COPY takes it."""
+    if value is None:
+        return "\\N"
+    return _escaped(value) if isinstance(value, str) else repr(value)
+
+
+@lru_cache(maxsize=1024)
+def _escaped(text: str) -> str:
+    return text.translate(_ESCAPES)
+
+
+def _tail(table: sa.Table, names: Sequence[str], on_conflict: str) -> str:
+    if on_conflict == "fail":
+        return ""
+    if on_conflict == "skip":
+        return " ON CONFLICT DO NOTHING"
+    keys = [column.name for column in table.primary_key]
+    changes = ", ".join(f"{name} = excluded.{name}" for name in names if name not in keys)
+    return f" ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {changes}"
 
 
 @lru_cache(maxsize=64)

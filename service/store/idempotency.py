@@ -105,4 +105,4 @@ def _insert(connection: Connection, responses: Mapping[IdempotencyKey, str], tim
         # In one order, so that two transactions never wait for each other.
         for key, response in sorted(responses.items(), key=lambda item: name_of(item[0]))
     ]
-    return insert_rows(connection, idempotency_keys, rows, or_nothing=True)
+    return insert_rows(connection, idempotency_keys, rows, on_conflict="skip")

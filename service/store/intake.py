@@ -1,10 +1,13 @@
 """What the records of a journal do to the rows of their job."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy.engine import Connection
 
+from service.domain.curve import Point
 from service.domain.job import Attempt, AttemptStatus, JobStatus, Reason
 from service.domain.journal import (
     CheckpointQuarantined,
@@ -19,9 +22,11 @@ from service.domain.journal import (
     Running,
     Warned,
 )
-from service.store import checkpoints, metrics
+from service.store import checkpoints, metrics, rollups
 from service.store.attempts import update_attempt
+from service.store.columns import plain
 from service.store.jobs import LockedJob, failure_row
+from service.store.metrics import PointRow
 
 
 def take_in(connection: Connection, locked: LockedJob, attempt: Attempt, records: Sequence[JournalRecord]) -> None:
@@ -70,7 +75,12 @@ class _Intake:
         self._running_at = attempt.running_at
         self._step = attempt.step or 0
         self._changes: dict[str, Any] = {}
-        self._points: list[dict[str, Any]] = []
+        self._points: list[PointRow] = []
+        # Where those of them are that count, by step and name, and at which of these a stored one may have to give way.
+        self._counting: dict[tuple[int, str], int] = {}
+        self._replacing: set[tuple[int, str]] = set()
+        # No stored point beyond this step counts.
+        self._reached = locked.job.step
 
     def take(self, record: JournalRecord) -> None:
         """Take in one record."""
@@ -117,9 +127,11 @@ class _Intake:
     def _take_resumed(self, report: Resumed, record: JournalRecord) -> None:
         self._write_points()
         metrics.supersede_beyond(self._connection, self._locked.number, report.step)
+        rollups.cut_beyond(self._connection, self._locked.number, report.step)
         checkpoints.supersede_beyond(self._connection, self._locked.number, report.step)
         self._changes["resumed_from_step"] = report.step
         self._locked.change(step=report.step)
+        self._reached = report.step
         message = f"Continues from the checkpoint of step {report.step}." if report.step else "Starts at the beginning."
         self._event("resumed", message, record, step=report.step)
 
@@ -141,25 +153,29 @@ class _Intake:
         names = [*report.values, *report.nonfinite]
         if not names:
             return
-        if report.step <= self._locked.job.step:
-            # Only here can the step have been reported before: no point beyond the job's step counts.
-            self._write_points()
-            metrics.supersede_at(self._connection, self._locked.number, report.step, names)
         position = self._locked.next_position()
-        self._points += [
-            {
-                "job_number": self._locked.number,
-                "attempt": self._number,
-                "sequence": record.sequence,
-                "name": name,
-                "position": position,
-                "step": report.step,
-                "value": report.values.get(name),
-                "nonfinite": report.nonfinite.get(name),
-                "superseded": False,
-            }
-            for name in names
-        ]
+        for name in names:
+            text = _name(name)
+            place = (report.step, text)
+            earlier = self._counting.get(place)
+            if earlier is not None:
+                self._points[earlier] = self._points[earlier]._replace(superseded=True)
+            if report.step <= self._reached:
+                self._replacing.add(place)
+            self._counting[place] = len(self._points)
+            self._points.append(
+                PointRow(
+                    job_number=self._locked.number,
+                    position=position,
+                    name=text,
+                    attempt=self._number,
+                    sequence=record.sequence,
+                    step=report.step,
+                    value=report.values.get(name),
+                    nonfinite=report.nonfinite.get(name),
+                    superseded=False,
+                )
+            )
         self._reach(report.step)
 
     def _take_checkpoint(self, report: CheckpointWritten, record: JournalRecord) -> None:
@@ -207,5 +223,20 @@ class _Intake:
         self._locked.add_event(kind, message, time=record.time, data=data)
 
     def _write_points(self) -> None:
+        if not self._points:
+            return
+        number = self._locked.number
+        replaced = metrics.supersede_at(self._connection, number, self._replacing)
         metrics.insert_points(self._connection, self._points)
-        self._points = []
+        points: defaultdict[str, list[Point]] = defaultdict(list)
+        for (step, name), place in self._counting.items():
+            row = self._points[place]
+            points[name].append((step, row.value, row.nonfinite, self._number))
+        rollups.add_points(self._connection, number, points, replaced=replaced, reached=self._reached)
+        self._points, self._counting, self._replacing = [], {}, set()
+        self._reached = self._locked.job.step
+
+
+@lru_cache(maxsize=1024)
+def _name(text: str) -> str:
+    return plain(text)  # a job reports the same few names again and again

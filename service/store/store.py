@@ -8,6 +8,7 @@ from datetime import datetime
 from sqlalchemy.engine import Connection
 from typing_extensions import override
 
+from service.domain.curve import Curve
 from service.domain.errors import NotFound
 from service.domain.job import (
     DEFAULT_OWNER,
@@ -51,6 +52,7 @@ from service.store import (
     leases,
     metrics,
     queues,
+    rollups,
     uploads,
     wishes,
 )
@@ -60,6 +62,8 @@ from service.store.group_commit import GroupCommit
 from service.store.ids import new_job_id
 from service.store.new_jobs import NewJob, add_job
 from service.store.submissions import Submission, submit_all
+
+MAX_STEP = 2**63 - 1
 
 
 class SqlStore(JobStore, SchedulerStore, UploadStore):
@@ -176,10 +180,32 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
             return feed.list_events(connection, jobs.find_number(connection, job_id), after=after, limit=limit)
 
     @override
-    def metrics(self, job_id: str, *, names: Sequence[str] = (), after_step: int = -1) -> tuple[MetricPoint, ...]:
+    def metrics(
+        self, job_id: str, *, names: Sequence[str] = (), after_step: int = -1, to_step: int | None = None
+    ) -> tuple[MetricPoint, ...]:
         with self._database.reading() as connection:
             number = jobs.find_number(connection, job_id)
-            return metrics.list_points(connection, number, names=names, after_step=after_step)
+            return metrics.list_points(connection, number, names=names, after_step=after_step, to_step=to_step)
+
+    @override
+    def curves(
+        self,
+        job_id: str,
+        *,
+        max_points: int,
+        names: Sequence[str] = (),
+        from_step: int = 0,
+        to_step: int | None = None,
+    ) -> Mapping[str, Curve]:
+        with self._database.reading() as connection:
+            return rollups.read_curves(
+                connection,
+                jobs.find_number(connection, job_id),
+                names=names,
+                from_step=from_step,
+                to_step=MAX_STEP if to_step is None else to_step,
+                max_points=max_points,
+            )
 
     @override
     def feed(self, job_id: str, *, after: int = 0, limit: int = 1000) -> Feed:

@@ -143,11 +143,12 @@ events = sa.Table(
 metrics = sa.Table(
     "metrics",
     metadata,
-    sa.Column("job_number", BigInteger, sa.ForeignKey("jobs.number"), primary_key=True),
-    sa.Column("attempt", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("sequence", sa.BigInteger, primary_key=True, autoincrement=False),
+    # No foreign key: points are written under the lock of their job's row, and a check of each costs as much again.
+    sa.Column("job_number", BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("name", PlainText, primary_key=True),
-    sa.Column("position", sa.BigInteger, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("sequence", sa.BigInteger, nullable=False),
     sa.Column("step", sa.BigInteger, nullable=False),
     sa.Column("value", sa.Double),
     sa.Column("nonfinite", sa.String(8)),
@@ -156,8 +157,28 @@ metrics = sa.Table(
 )
 # As SQLAlchemy writes ``~column`` in each dialect: SQLite uses the index only where the words agree.
 _COUNTED = {"where": "NOT superseded", "in_sqlite": "superseded = 0"}
-_partial_index("ix_metrics_curve", metrics.c.job_number, metrics.c.step, metrics.c.name, **_COUNTED)
-_partial_index("ix_metrics_feed", metrics.c.job_number, metrics.c.position, **_COUNTED)
+_partial_index("ix_metrics_curve", metrics.c.job_number, metrics.c.name, metrics.c.step, **_COUNTED)
+
+metric_rollups = sa.Table(
+    "metric_rollups",
+    metadata,
+    sa.Column("job_number", BigInteger, sa.ForeignKey("jobs.number"), primary_key=True),
+    # Steps per bucket.
+    sa.Column("width", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("name", PlainText, primary_key=True),
+    sa.Column("start", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("first_step", sa.BigInteger, nullable=False),
+    sa.Column("last_step", sa.BigInteger, nullable=False),
+    sa.Column("count", sa.BigInteger, nullable=False),
+    sa.Column("nonfinite_count", sa.BigInteger, nullable=False),
+    sa.Column("min", sa.Double),
+    sa.Column("mean", sa.Double),
+    sa.Column("max", sa.Double),
+    sa.Column("last", sa.Double),
+    sa.Column("last_nonfinite", sa.String(8)),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sqlite_with_rowid=False,
+)
 
 checkpoints = sa.Table(
     "checkpoints",

@@ -68,6 +68,7 @@ from service.domain.placement import Node
 from service.domain.ports import (
     ClusterSnapshot,
     Feed,
+    Followed,
     HeldBack,
     IdempotencyKey,
     JobPage,
@@ -443,6 +444,22 @@ class FakeJobStore:
                 points=tuple(point for point in points if point.position <= last),
                 position=last,
             )
+
+    def follow(self, after: Mapping[str, int], *, limit: int = 10_000) -> Mapping[str, Followed]:
+        with self._transaction():
+            share = max(1, limit // max(1, len(after)))
+            found = {}
+            for job_id, position in after.items():
+                if job_id in self._rows:
+                    job, feed = self._rows[job_id].job, self.feed(job_id, after=position, limit=share)
+                    found[job_id] = Followed(
+                        feed=feed,
+                        has_more=feed.position < self._rows[job_id].position,
+                        status=job.status,
+                        reason=job.reason,
+                        message=job.message,
+                    )
+            return found
 
     def checkpoints(self, job_id: str) -> tuple[Checkpoint, ...]:
         with self._transaction():

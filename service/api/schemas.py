@@ -52,7 +52,18 @@ class MetricQuery(Query):
         list[Annotated[str, Field(max_length=200, pattern=PRINTABLE)]],
         Field(max_length=100, description="such as train/loss; repeatable; all by default"),
     ] = []
-    after_step: Annotated[int, Field(ge=-1, le=MAX_STEP)] = -1
+    after_step: Annotated[int, Field(ge=-1, le=MAX_STEP, description="leaves out this step and earlier ones")] = -1
+    from_step: Annotated[int, Field(ge=0, le=MAX_STEP, description="the first step")] = 0
+    to_step: Annotated[int | None, Field(ge=0, le=MAX_STEP, description="the last step; the latest by default")] = None
+    max_points: Annotated[
+        int | None,
+        Field(ge=2, le=10_000, description="most points of a curve, rolled up if there are more; exact by default"),
+    ] = None
+
+    @property
+    def first_step(self) -> int:
+        """The first step that is asked for, in either way."""
+        return max(self.from_step, self.after_step + 1)
 
 
 class LogQuery(Query):
@@ -215,13 +226,30 @@ class DatasetList(BaseModel):
     max_bytes: Annotated[int, Field(description="how large one may be")]
 
 
-class Series(BaseModel):
-    """One metric over the steps, in columns of one length."""
+class Rollup(BaseModel):
+    """What the points at neighbouring steps come to, in columns of the same length as the series."""
 
-    steps: list[int]
-    values: Annotated[list[float | None], Field(description="null where the value is not finite")]
-    attempts: list[int]
-    nonfinite: Annotated[dict[int, str], Field(description="step → nan, inf or -inf")]
+    bucket_steps: Annotated[int, Field(description="a power of two; a bucket begins at a multiple of it")]
+    last_steps: Annotated[list[int], Field(description="of the points of each bucket")]
+    counts: Annotated[list[int], Field(description="points with a finite value")]
+    nonfinite_counts: Annotated[list[int], Field(description="the others")]
+    min: Annotated[list[float | None], Field(description="of the finite values; null where there is none")]
+    max: list[float | None]
+    last: Annotated[list[float | None], Field(description="at the last step; null where it is not finite")]
+
+
+class Series(BaseModel):
+    """One metric over the steps, in columns of one length; rolled up, a place holds a bucket."""
+
+    steps: Annotated[list[int], Field(description="of the points; the first of each bucket")]
+    values: Annotated[
+        list[float | None], Field(description="null where the value is not finite; the mean of the finite ones")
+    ]
+    attempts: Annotated[list[int], Field(description="which reported them; the last one of each bucket")]
+    nonfinite: Annotated[
+        dict[int, str], Field(description="step → nan, inf or -inf; where the last value of a bucket is not finite")
+    ]
+    rollup: Annotated[Rollup | None, Field(description="with max_points")] = None
 
 
 class Metrics(BaseModel):

@@ -230,13 +230,16 @@ def metrics(
     job_id: JobArgument,
     name: Annotated[list[str] | None, typer.Option(help="Such as train/loss. Repeatable; else all.")] = None,
     tail: Annotated[int | None, typer.Option(min=1, help="Only the last steps.")] = None,
+    max_points: Annotated[
+        int | None, typer.Option(min=2, max=10_000, help="Roll longer curves up: a row per bucket, with its mean.")
+    ] = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Print training curves, a row per step."""
     with context.obj.client() as client:
-        series = client.metrics(job_id, names=name or [])
+        series = client.metrics(job_id, names=name or [], max_points=max_points)
     if output is Format.JSON:
-        show_json({"series": {key: one.model_dump(mode="json") for key, one in series.items()}})
+        show_json({"series": {key: one.model_dump(mode="json", exclude_none=True) for key, one in series.items()}})
         return
     cells: dict[int, dict[str, object]] = {}
     for key, one in series.items():

@@ -57,18 +57,43 @@ class JobPlan(Answer):
     reason: str | None
 
 
-class Series(Answer):
-    """One metric over the steps, in columns of one length.
+class Rollup(Answer):
+    """What the points at neighbouring steps come to, in columns of the same length as the series.
 
     Attributes:
-        values: None where the value is not finite.
-        nonfinite: step → ``nan``, ``inf`` or ``-inf``.
+        bucket_steps: a power of two; a bucket begins at a multiple of it.
+        last_steps: of the points of each bucket.
+        counts: points with a finite value.
+        nonfinite_counts: the others.
+        min: of the finite values; None where there is none.
+        max: likewise.
+        last: at the last step; None where it is not finite.
+    """
+
+    bucket_steps: int
+    last_steps: tuple[int, ...]
+    counts: tuple[int, ...]
+    nonfinite_counts: tuple[int, ...]
+    min: tuple[float | None, ...]
+    max: tuple[float | None, ...]
+    last: tuple[float | None, ...]
+
+
+class Series(Answer):
+    """One metric over the steps, in columns of one length; rolled up, a place holds a bucket.
+
+    Attributes:
+        steps: of the points; the first of each bucket.
+        values: None where the value is not finite; the mean of the finite ones of a bucket.
+        nonfinite: step → ``nan``, ``inf`` or ``-inf``; of the last value of a bucket.
+        rollup: the rest of it, where it was asked for.
     """
 
     steps: tuple[int, ...]
     values: tuple[float | None, ...]
     attempts: tuple[int, ...]
     nonfinite: dict[int, str]
+    rollup: Rollup | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

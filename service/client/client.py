@@ -182,9 +182,26 @@ class Client:
         params = {"after": after, "limit": limit}
         return _parse_all(Event, self._connection.json("GET", f"{_path(job_id)}/events", params=params), "events")
 
-    def metrics(self, job_id: str, *, names: Iterable[str] = (), after_step: int = -1) -> dict[str, Series]:
-        """Return the training curves by name."""
-        params = {"name": list(names), "after_step": after_step}
+    def metrics(
+        self,
+        job_id: str,
+        *,
+        names: Iterable[str] = (),
+        after_step: int = -1,
+        to_step: int | None = None,
+        max_points: int | None = None,
+    ) -> dict[str, Series]:
+        """Return the training curves by name.
+
+        Args:
+            job_id: of which job.
+            names: of the metrics; none: all of them.
+            after_step: leaves out this step and earlier ones.
+            to_step: the last step; None: the latest.
+            max_points: most points of a curve, 2 to 10 000; one with more is rolled up. None: every point.
+        """
+        asked = {"name": list(names), "after_step": after_step, "to_step": to_step, "max_points": max_points}
+        params = _given(asked)
         data = self._connection.json("GET", f"{_path(job_id)}/metrics", params=params)
         return {name: _parse(Series, columns) for name, columns in data.get("series", {}).items()}
 

@@ -79,6 +79,22 @@ class Feed:
     position: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Followed:
+    """What a job's feed holds after a position, and how the job stood at that moment.
+
+    Attributes:
+        feed: up to ``feed.position``.
+        has_more: the feed goes on beyond that.
+    """
+
+    feed: Feed
+    has_more: bool
+    status: JobStatus
+    reason: Reason
+    message: str
+
+
 class JobStore(Protocol):
     """What the API needs of the store. Every method may raise ``Unavailable``.
 
@@ -248,6 +264,18 @@ class JobStore(Protocol):
 
     def feed(self, job_id: str, *, after: int = 0, limit: int = 1000) -> Feed:
         """Return events and metric points after a position, for a stream. Raises ``NotFound``."""
+        ...
+
+    def follow(self, after: Mapping[str, int], *, limit: int = 10_000) -> Mapping[str, Followed]:
+        """Return what the feeds of many jobs hold after a position of each, all of it as of one moment.
+
+        Args:
+            after: positions, by id of the job.
+            limit: about how many positions in all, shared among the jobs that have any; each gets at least one.
+
+        Returns:
+            By id; a job that there is not is left out.
+        """
         ...
 
     def checkpoints(self, job_id: str) -> tuple[Checkpoint, ...]:

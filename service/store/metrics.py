@@ -11,6 +11,7 @@ from service.store.bulk import copy_rows
 from service.store.tables import metrics
 
 _MOST_STEPS = 500  # in one statement
+POINT_COLUMNS: Sequence[sa.Column[Any]] = tuple(metrics.c[name] for name in MetricPoint.model_fields)
 
 
 class PointRow(NamedTuple):
@@ -36,12 +37,14 @@ def list_points(
     connection: Connection, number: int, *, names: Sequence[str], after_step: int, to_step: int | None
 ) -> tuple[MetricPoint, ...]:
     """Return the points that count, by step, then name."""
-    query = select_points(number).where(metrics.c.step > after_step)
+    query = sa.select(*POINT_COLUMNS).where(
+        metrics.c.job_number == number, ~metrics.c.superseded, metrics.c.step > after_step
+    )
     if to_step is not None:
         query = query.where(metrics.c.step <= to_step)
     if names:
         query = query.where(metrics.c.name.in_(names))
-    return read_points(connection, query.order_by(metrics.c.step, metrics.c.name))
+    return tuple(map(point_of, connection.execute(query.order_by(metrics.c.step, metrics.c.name))))
 
 
 def supersede_beyond(connection: Connection, number: int, step: int) -> None:
@@ -93,15 +96,7 @@ def supersede_at(
     return frozenset(replaced)
 
 
-def select_points(number: int) -> sa.Select[Any]:
-    """Return a query for the points of a job that count, to be narrowed and ordered."""
-    columns = (metrics.c[name] for name in MetricPoint.model_fields)
-    return sa.select(*columns).where(metrics.c.job_number == number, ~metrics.c.superseded)
-
-
-def read_points(connection: Connection, query: sa.Select[Any]) -> tuple[MetricPoint, ...]:
-    """Return the points that a query finds."""
-    return tuple(
-        MetricPoint(position=position, attempt=attempt, step=step, name=name, value=value, nonfinite=nonfinite)
-        for position, attempt, step, name, value, nonfinite in connection.execute(query)
-    )
+def point_of(row: Sequence[Any]) -> MetricPoint:
+    """Return the point that a row of ``POINT_COLUMNS`` holds."""
+    position, attempt, step, name, value, nonfinite = row
+    return MetricPoint(position=position, attempt=attempt, step=step, name=name, value=value, nonfinite=nonfinite)

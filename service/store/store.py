@@ -28,6 +28,7 @@ from service.domain.placement import Node
 from service.domain.ports import (
     ClusterSnapshot,
     Feed,
+    Followed,
     HeldBack,
     IdempotencyKey,
     JobPage,
@@ -211,6 +212,11 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
     def feed(self, job_id: str, *, after: int = 0, limit: int = 1000) -> Feed:
         with self._database.reading() as connection:
             return feed.read_feed(connection, jobs.find_number(connection, job_id), after=after, limit=limit)
+
+    @override
+    def follow(self, after: Mapping[str, int], *, limit: int = 10_000) -> Mapping[str, Followed]:
+        with self._database.reading() as connection:
+            return feed.follow(connection, after, limit)
 
     @override
     def checkpoints(self, job_id: str) -> tuple[Checkpoint, ...]:

@@ -338,3 +338,35 @@ def test_the_life_of_a_job_is_told_by_its_events(store):
 def test_resuming_twice_in_one_attempt_counts_each_step_once(store):
     job = run(store, lead(store), loss(1), loss(2), Resumed(step=1), loss(2, 2.0))
     assert [(point.step, point.value) for point in store.metrics(job.id)] == [(1, 1.0), (2, 2.0)]
+
+
+def test_many_feeds_are_followed_at_once_each_from_its_own_position(store):
+    lease = lead(store)
+    busy = run(store, lease, *(Metrics.of(step, {"a": 1.0, "b": 2.0}) for step in range(1, 31)))
+    idle, _ = store.submit(make_spec())
+    done = run(store, lease, loss(1), ended(step=1))
+    store.seal_attempt(lease, done.id, 1, outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, failure=None)
+    found = store.follow({busy.id: 3, idle.id: 1, done.id: 0, "job-none": 0})
+    assert found.keys() == {busy.id, idle.id, done.id}
+    assert (found[busy.id].feed, found[busy.id].has_more) == (store.feed(busy.id, after=3), False)
+    assert (found[idle.id].feed, found[idle.id].has_more) == (store.feed(idle.id, after=1), False)
+    assert found[done.id].feed == store.feed(done.id)
+    assert found[done.id].message == store.get(done.id).message
+    assert [found[job.id].status for job in (busy, idle, done)] == ["running", "queued", "succeeded"]
+    assert store.follow({}) == {}
+
+
+def test_a_feed_is_followed_in_pages_that_miss_nothing(store):
+    lease = lead(store)
+    long = run(store, lease, *(loss(step) for step in range(1, 51)), loss(20), loss(21))
+    short, _ = store.submit(make_spec())
+    after, told = {long.id: 0, short.id: 0}, []
+    for _ in range(100):
+        found = store.follow(after, limit=10)
+        told += found[long.id].feed.points
+        after = {job_id: one.feed.position for job_id, one in found.items()}
+        if not any(one.has_more for one in found.values()):
+            break
+    assert tuple(told) == store.feed(long.id, limit=10_000).points
+    assert after[long.id] == store.feed(long.id, limit=10_000).position
+    assert after[short.id] == 1

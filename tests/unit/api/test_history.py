@@ -123,3 +123,40 @@ def test_logs_of_an_earlier_attempt(service, api, job):
     assert api.get(f"/v1/jobs/{job.id}/logs", params={"attempt": 3}).status_code == 404
     assert api.get(f"/v1/jobs/{job.id}/logs", params={"rank": 2}).status_code == 404
     assert api.get(f"/v1/jobs/{job.id}/logs", params={"rank": -1}).status_code == 422
+
+
+def test_a_long_curve_is_rolled_up_to_what_is_asked_for(service, api, job):
+    service.scheduler.start(job.id)
+    service.scheduler.report(job.id, *(Metrics.of(step, {"train/loss": float(step)}) for step in range(1, 33)))
+    service.scheduler.metrics(job.id, 33, train_loss=float("nan"))
+
+    def loss(**params: int) -> dict:
+        return api.get(f"/v1/jobs/{job.id}/metrics", params=params).json()["series"]["train/loss"]
+
+    assert loss(max_points=3) == {
+        "steps": [1, 16, 32],
+        "values": [8.0, 23.5, 32.0],
+        "attempts": [1, 1, 1],
+        "nonfinite": {"32": "nan"},
+        "rollup": {
+            "bucket_steps": 16,
+            "last_steps": [15, 31, 33],
+            "counts": [15, 16, 1],
+            "nonfinite_counts": [0, 0, 1],
+            "min": [1.0, 16.0, 32.0],
+            "max": [15.0, 31.0, 32.0],
+            "last": [15.0, 31.0, None],
+        },
+    }
+    near = loss(max_points=4, from_step=5, to_step=8)
+    assert (near["steps"], near["rollup"]["bucket_steps"]) == ([5, 6, 7, 8], 1)
+    exact = loss(from_step=5, to_step=8)
+    assert exact == {"steps": [5, 6, 7, 8], "values": [5.0, 6.0, 7.0, 8.0], "attempts": [1] * 4, "nonfinite": {}}
+    assert loss(after_step=31)["steps"] == [32, 33]
+
+
+@pytest.mark.parametrize("params", [{"max_points": 1}, {"max_points": 10_001}, {"to_step": -1}, {"from_step": "x"}])
+def test_a_range_or_resolution_that_makes_no_sense_is_refused(api, job, params):
+    answer = api.get(f"/v1/jobs/{job.id}/metrics", params=params)
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == next(iter(params))

@@ -126,6 +126,17 @@ def test_ls_and_get(service, cli):
     assert json.loads(cli("get", red.id, "--format", "json").stdout)["spec"]["labels"] == {"team": "a"}
 
 
+def test_long_curves_are_shown_rolled_up(service, cli):
+    job = service.submit()
+    service.scheduler.start(job.id)
+    for step in range(1, 9):
+        service.scheduler.metrics(job.id, step, train_loss=float(step))
+    rows = cli("metrics", job.id, "--max-points", 2).stdout.splitlines()[1:]
+    assert [[float(cell) for cell in row.split()] for row in rows] == [[1, 4], [8, 8]]
+    series = json.loads(cli("metrics", job.id, "--max-points", 2, "--format", "json").stdout)["series"]
+    assert series["train/loss"]["rollup"]["bucket_steps"] == 8
+
+
 def test_metrics(service, cli):
     job = service.submit()
     service.scheduler.start(job.id)

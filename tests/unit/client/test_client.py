@@ -62,6 +62,18 @@ def test_plan_and_cluster(service, client):
     assert client.plan(spec(workers=3)).fits is False
 
 
+def test_a_long_curve_comes_rolled_up(service, client):
+    job = service.submit()
+    service.scheduler.start(job.id)
+    for step in range(1, 9):
+        service.scheduler.metrics(job.id, step, train_loss=float(step))
+    loss = client.metrics(job.id, max_points=2)["train/loss"]
+    assert (loss.steps, loss.values) == ((1, 8), (4.0, 8.0))
+    assert loss.rollup is not None
+    assert (loss.rollup.bucket_steps, loss.rollup.max) == (8, (7.0, 8.0))
+    assert client.metrics(job.id, after_step=3, to_step=5)["train/loss"].steps == (4, 5)
+
+
 def test_metrics(service, client):
     job = service.submit()
     service.scheduler.start(job.id)

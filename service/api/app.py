@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, FastAPI
 from starlette.responses import JSONResponse
 
 from service.api.auth import TokenGuard
+from service.api.feeds import Feeds
 from service.api.limits import UPLOAD_DEADLINE_S, Allowance, BodyLimit
 from service.api.parts import Parts
 from service.api.problems import MEDIA_TYPE, PROBLEM_SCHEMA, install_problem_handlers
@@ -66,6 +67,9 @@ def create_app(
         ValueError: the token is empty.
     """
     guard = TokenGuard(token)
+    streams = streams or StreamSettings()
+    feeds = Feeds(store, poll_s=streams.poll_s)
+    streams.shutdown.on_request(feeds.close)
     app = FastAPI(
         title="syncbn",
         summary="Distributed training with synchronized batch norm",
@@ -86,7 +90,8 @@ def create_app(
         uploads=uploads,
         nudge=nudge,
         capacity=None if capacity is None else tuple(capacity),
-        streams=streams or StreamSettings(),
+        streams=streams,
+        feeds=feeds,
     )
     app.add_middleware(
         BodyLimit,

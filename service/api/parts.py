@@ -7,6 +7,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Path, Request
 
+from service.api.feeds import Feeds
 from service.api.streaming import StreamSettings
 from service.api.uploads import Uploads
 from service.domain.errors import NotFound
@@ -25,6 +26,7 @@ class Parts:
         nudge: tells the scheduler that there is something new; may be lost.
         capacity: the most that the cluster will ever have; None where unknown.
         streams: how event streams are served.
+        feeds: what they tell.
     """
 
     store: JobStore
@@ -33,6 +35,7 @@ class Parts:
     nudge: Callable[[], None]
     capacity: tuple[Node, ...] | None
     streams: StreamSettings
+    feeds: Feeds
 
 
 async def parts_of(request: Request) -> Parts:

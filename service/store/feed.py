@@ -70,7 +70,7 @@ def follow(connection: Connection, after: Mapping[str, int], limit: int) -> dict
     feeds = _read_ranges(connection, ranges)
     return {
         row.id: Followed(
-            feed=feeds.get(row.number) or Feed(events=(), points=(), position=after[row.id]),
+            feed=feeds.get(row.number) or Feed(events=(), points=(), position=row.position),
             has_more=row.number in feeds and feeds[row.number].position < row.position,
             status=JobStatus(row.status),
             reason=Reason(row.reason),

@@ -29,7 +29,7 @@ def stream(
     after = query.after if last_event_id is None else _position(last_event_id)
     job = parts.store.get(job_id)
     return StreamingResponse(
-        stream_job(parts.store, job.id, after=after, settings=parts.streams),
+        stream_job(parts.feeds, job.id, after=after, settings=parts.streams),
         media_type="text/event-stream",
         # A proxy that buffers would hold messages back.
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -135,14 +136,79 @@ def test_a_shutdown_ends_streams_at_once(service, api, job):
 
 
 def test_metrics_that_share_a_position_with_an_event_come_before_it():
-    from service.api.streaming import _messages
+    from service.api.messages import feed_messages
     from service.domain.job import Event, MetricPoint
     from service.domain.journal import utc_now
     from service.domain.ports import Feed
 
     point = MetricPoint(position=7, attempt=1, step=2, name="a", value=1.0)
     event = Event(position=7, time=utc_now(), kind="checkpoint", attempt=1, reason=None, message="", data={})
-    first, second = _messages(Feed(events=(event,), points=(point,), position=7))
+    (at, first), (also_at, second) = feed_messages(Feed(events=(event,), points=(point,), position=7))
+    assert at == also_at == 7
     assert b"event: metrics" in first
     assert b"id:" not in first
     assert b"id: 7" in second
+
+
+def test_streams_of_one_job_share_what_is_read_and_each_gets_every_message(service, api, job, monkeypatch):
+    """However far back each begins, also where the others are further than what is kept of the feed."""
+    monkeypatch.setattr("service.api.feeds.MAX_KEPT_BYTES", 2000)
+    service.scheduler.start(job.id)
+    started = threading.Barrier(9)
+    told: dict[int, list[str]] = {}
+
+    def read(number: int) -> None:
+        after = 10 * number
+        with connect_sse(api, "GET", f"/v1/jobs/{job.id}/stream?after={after}") as source:
+            started.wait(timeout=10)
+            told[number] = [message.id for message in source.iter_sse() if message.event != "end"]
+
+    readers = [threading.Thread(target=read, args=[number]) for number in range(8)]
+    for reader in readers:
+        reader.start()
+    started.wait(timeout=10)
+    for step in range(1, 201):
+        service.scheduler.metrics(job.id, step, train_loss=1.0)
+    service.scheduler.end(job.id)
+    for reader in readers:
+        reader.join(timeout=10)
+    last = service.store.feed(job.id).position
+    assert told == {number: [str(at) for at in range(10 * number + 1, last + 1)] for number in range(8)}
+
+
+def test_a_stream_from_a_position_that_is_not_there_yet_disturbs_no_other(service, api, job):
+    with connect_sse(api, "GET", f"/v1/jobs/{job.id}/stream?after=1000") as early:
+        messages = early.iter_sse()
+        run_to_end(service, job.id)
+        assert [kind for kind, _, _ in read_all(api, job.id)][-1] == "end"
+        assert next(messages).event == "end"
+
+
+def test_one_look_serves_all_streams(service, api, monkeypatch):
+    jobs = [service.submit() for _ in range(20)]
+    looks = []
+    follow = service.store.follow
+    monkeypatch.setattr(
+        service.store, "follow", lambda after, **limits: (looks.append(len(after)), follow(after, **limits))[1]
+    )
+    with ExitStack() as stack:
+        sources = [stack.enter_context(connect_sse(api, "GET", f"/v1/jobs/{job.id}/stream")) for job in jobs]
+        streams = [source.iter_sse() for source in sources]
+        assert [next(stream).id for stream in streams] == ["1"] * 20
+        wait_for(lambda: 20 in looks)
+        for job in jobs:
+            service.scheduler.start(job.id)
+        assert {next(stream).id for stream in streams} == {"2"}
+        # By the number of looks, not of streams: what is taken up at each is everything.
+        assert max(looks) == 20
+
+
+def test_a_fault_of_the_store_ends_streams_so_that_clients_come_back(service, api, job):
+    with connect_sse(api, "GET", f"/v1/jobs/{job.id}/stream") as source:
+        messages = source.iter_sse()
+        next(messages)
+        service.store.error = RuntimeError("a fault")
+        assert list(messages) == []
+    service.store.error = None
+    run_to_end(service, job.id)
+    assert read_all(api, job.id)[-1][0] == "end"

@@ -157,6 +157,7 @@ class Api:
             time.sleep(0.05)
 
     def get(self, path: str) -> tuple[int, bytes]:
+        """Status and body."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("GET", path, headers={"Authorization": f"Bearer {TOKEN}"})
         answer = connection.getresponse()
@@ -184,6 +185,7 @@ class Api:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
+        """End it."""
         self.process.terminate()
         self.process.wait(timeout=30)
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import alembic.command
 import pytest
@@ -17,6 +18,7 @@ from service.store import SqlStore, migrate
 from service.store.engine import create_engine
 from service.store.tables import metadata
 from tests.contract.store_examples import lead, make_spec
+from tests.fakes import naive_curves
 
 # As that version wrote it down.
 OF_THE_FIRST_VERSION = {
@@ -171,4 +173,51 @@ def test_jobs_of_the_first_version_live_on(empty_url, monkeypatch):
         False,
         None,
     )
+    store.close()
+
+
+def test_the_points_of_earlier_versions_are_rolled_up(empty_url, monkeypatch):
+    """They keep their places in the feed and their values; what was superseded is in no roll-up."""
+    with monkeypatch.context() as patched:
+        patched.setattr(alembic.command, "upgrade", lambda config, _, to=alembic.command.upgrade: to(config, "0007"))
+        migrate(empty_url)
+    store = SqlStore(empty_url)
+    jobs = [store.submit(make_spec(name=name))[0] for name in ("one", "two", "three")]
+    engine = create_engine(empty_url)
+    rows = []
+    for number, scale in ((1, 1.0), (2, -1.0)):
+        # Two attempts, of which the second began at step 150; a step without a finite value, and a sparse metric.
+        steps = [(1, step, step > 150) for step in range(1, 201)] + [(2, step, False) for step in range(151, 9000, 3)]
+        for sequence, (attempt, step, superseded) in enumerate(steps, 1):
+            value, nonfinite = (None, "nan") if step == 7 else (scale * step * attempt, None)
+            names = ("eval/loss", "train/loss") if step % 100 == 0 else ("train/loss",)
+            rows += [
+                (number, attempt, sequence, name, sequence + 1, step, value, nonfinite, superseded) for name in names
+            ]
+    columns = "job_number, attempt, sequence, name, position, step, value, nonfinite, superseded"
+    names = columns.split(", ")
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE jobs SET attempt = 2, position = 4000 WHERE number < 3"))
+        places = ", ".join(f":{name}" for name in names)
+        insert = sa.text(f"INSERT INTO metrics ({columns}) VALUES ({places})")
+        connection.execute(insert, [dict(zip(names, row, strict=True)) for row in rows])
+    engine.dispose()
+    migrate(empty_url)
+    for job in jobs[:2]:
+        points = store.metrics(job.id)
+        assert len(points) == 200 - 50 + 2950 + sum(step % 100 == 0 for step in (100, *range(151, 9000, 3)))
+        assert store.feed(job.id, after=100, limit=1).points[0].step == 100
+        for max_points in (2, 10, 100, 500):
+            curves = store.curves(job.id, max_points=max_points)
+            width = curves["train/loss"].bucket_steps
+            for name, curve in curves.items():
+                expected = naive_curves(points, curve.bucket_steps)[name]
+                assert [replace(one, mean=None) for one in curve.buckets] == [
+                    replace(one, mean=None) for one in expected.buckets
+                ]
+                # Merged level by level, each of which rounds once.
+                means = [one.mean for one in expected.buckets]
+                assert [one.mean for one in curve.buckets] == pytest.approx(means, rel=1e-12)
+            assert width > 1
+    assert store.curves(jobs[2].id, max_points=10) == {}
     store.close()

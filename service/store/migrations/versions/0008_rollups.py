@@ -96,7 +96,7 @@ def _rows_of(connection: sa.Connection, number: int) -> Iterator[Summary]:
         "SELECT name, step, value, nonfinite, attempt FROM metrics "
         "WHERE job_number = :number AND NOT superseded ORDER BY name, step"
     )
-    points = connection.execution_options(yield_per=ROWS_AT_ONCE).execute(query, {"number": number})
+    points = connection.execute(query.execution_options(yield_per=ROWS_AT_ONCE), {"number": number})
     by_place = groupby(points, key=lambda point: (point.name, point.step // WIDTHS[0]))
     levels: list[list[Summary]] = [[] for _ in WIDTHS]
 

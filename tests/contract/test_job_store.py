@@ -4,7 +4,7 @@ from datetime import UTC, timedelta
 
 import pytest
 
-from service.domain.errors import IdempotencyConflict, InvalidCursor, InvalidTransition, NotFound
+from service.domain.errors import IdempotencyConflict, InvalidCursor, InvalidSpec, InvalidTransition, NotFound
 from service.domain.job import AttemptStatus, JobStatus, Outcome, Reason
 from service.domain.journal import Metrics, Resumed
 from service.domain.ports import ClusterSnapshot
@@ -370,3 +370,44 @@ def test_a_feed_is_followed_in_pages_that_miss_nothing(store):
     assert tuple(told) == store.feed(long.id, limit=10_000).points
     assert after[long.id] == store.feed(long.id, limit=10_000).position
     assert after[short.id] == 1
+
+
+def test_submits_that_wait_together_have_their_own_outcomes(store):
+    earlier, _ = store.submit(make_spec(name="earlier"), key=make_key(key="earlier"))
+    submits = [
+        store.submit_soon(make_spec(name=name, **changes), owner="mia", key=key)
+        for name, changes, key in (
+            ("a", {"labels": {"x": "y"}}, make_key(key="a")),
+            ("no queue", {"queue": "nowhere"}, make_key(key="none")),
+            ("again", {}, make_key(key="a")),
+            ("other", {}, make_key(key="a", body="b")),
+            ("earlier", {}, make_key(key="earlier")),
+            ("b", {}, None),
+            ("after", {"after": [earlier.id]}, make_key(key="after")),
+            ("after none", {"after": ["job-none"]}, make_key(key="earlier")),
+        )
+    ]
+    one, none, again, other, replayed, unnamed, after, refused_but_replayed = (
+        future.exception() or future.result() for future in submits
+    )
+    assert one == (store.get(one[0].id), True)
+    assert (one[0].owner, one[0].spec.labels) == ("mia", {"x": "y"})
+    assert isinstance(none, InvalidSpec)
+    assert [problem.field for problem in none.problems] == ["queue"]
+    assert store.replayed(make_key(key="none")) is None
+    assert again == (one[0], False)
+    assert isinstance(other, IdempotencyConflict)
+    assert replayed == refused_but_replayed == (earlier, False)
+    assert unnamed[1]
+    assert after == (store.get(after[0].id), True)
+    names = [job.spec.name for job in store.list_jobs().jobs]
+    assert sorted(names) == ["a", "after", "b", "earlier"]
+
+
+def test_names_of_metrics_come_back_whatever_is_in_them(store):
+    names = ["tab\there", "back\\slash", "\\N", "new\nline", "re\rturn", "quote'\"", "ü/λ", "\\t"]
+    job = run(store, lead(store), Metrics.of(1, {name: float(place) for place, name in enumerate(names)}))
+    assert {point.name: point.value for point in store.metrics(job.id)} == {
+        name: float(place) for place, name in enumerate(names)
+    }
+    assert store.curves(job.id, max_points=2).keys() == set(names)

@@ -1,0 +1,103 @@
+"""Requests carried out in groups. A failure means that one request pays for another, or is told what is not so."""
+
+import threading
+
+import pytest
+
+from service.domain.errors import Unavailable
+from service.store.group_commit import MAX_GROUP, GroupCommit
+
+
+class Ledger:
+    """Carries requests out: odd ones alone are refused, "broken" breaks its transaction, "away" finds no database."""
+
+    def __init__(self):
+        self.groups = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def commit(self, requests):
+        self.entered.set()
+        self.gate.wait(timeout=10)
+        self.groups.append(list(requests))
+        if "away" in requests:
+            raise Unavailable("away")
+        if "broken" in requests:
+            raise RuntimeError("broken")
+        return [ValueError(request) if request == "refused" else f"done {request}" for request in requests]
+
+
+@pytest.fixture
+def ledger():
+    return Ledger()
+
+
+@pytest.fixture
+def group(ledger):
+    group = GroupCommit(ledger.commit, name="test")
+    yield group
+    group.close()
+
+
+def put_together(ledger, group, *requests):
+    """Futures of requests that arrive while an earlier one is being committed."""
+    ledger.gate.clear()
+    first = group.put("first")
+    assert ledger.entered.wait(timeout=10)
+    futures = [group.put(request) for request in requests]
+    ledger.gate.set()
+    assert first.result(timeout=10) == "done first"
+    return futures
+
+
+def test_what_arrives_during_a_commit_shares_the_next(ledger, group):
+    futures = put_together(ledger, group, *range(50))
+    assert [future.result(timeout=10) for future in futures] == [f"done {number}" for number in range(50)]
+    assert ledger.groups == [["first"], list(range(50))]
+
+
+def test_a_refusal_touches_no_other(ledger, group):
+    before, refused, after = put_together(ledger, group, "a", "refused", "b")
+    with pytest.raises(ValueError, match="refused"):
+        refused.result(timeout=10)
+    assert (before.result(timeout=10), after.result(timeout=10)) == ("done a", "done b")
+
+
+def test_one_that_breaks_its_transaction_breaks_its_own_alone(ledger, group):
+    before, broken, after = put_together(ledger, group, "a", "broken", "b")
+    with pytest.raises(RuntimeError, match="broken"):
+        broken.result(timeout=10)
+    assert (before.result(timeout=10), after.result(timeout=10)) == ("done a", "done b")
+
+
+def test_without_a_database_all_are_told_so_at_once(ledger, group):
+    futures = put_together(ledger, group, "a", "away", "b")
+    errors = [future.exception(timeout=10) for future in futures]
+    assert all(isinstance(error, Unavailable) for error in errors)
+    assert len({id(error) for error in errors}) == 3
+    assert group.put("later").result(timeout=10) == "done later"
+
+
+def test_one_that_is_cancelled_in_time_has_no_effect(ledger, group):
+    ledger.gate.clear()
+    first = group.put("first")
+    assert ledger.entered.wait(timeout=10)
+    kept, cancelled = group.put("kept"), group.put("cancelled")
+    assert cancelled.cancel()
+    ledger.gate.set()
+    assert (first.result(timeout=10), kept.result(timeout=10)) == ("done first", "done kept")
+    assert "cancelled" not in [request for requests in ledger.groups for request in requests]
+
+
+def test_a_group_has_a_largest_size(ledger, group):
+    futures = put_together(ledger, group, *range(2 * MAX_GROUP))
+    assert [future.result(timeout=10) for future in futures] == [f"done {n}" for n in range(2 * MAX_GROUP)]
+    assert max(map(len, ledger.groups)) == MAX_GROUP
+
+
+def test_closing_carries_out_what_waits_and_it_can_be_used_again(ledger, group):
+    futures = [group.put(number) for number in range(5)]
+    group.close()
+    assert all(future.done() for future in futures)
+    assert group.put("again").result(timeout=10) == "done again"

@@ -10,7 +10,16 @@ import sys
 from pathlib import Path
 
 QUICK = ("numerics", "cpu_kernels", "resnet_ddp")
-BENCHMARKS = (*QUICK, "exchange", "api_import", "job_start", "data_loading", "checkpointing", "engine_throughput")
+BENCHMARKS = (
+    *QUICK,
+    "exchange",
+    "api_import",
+    "job_start",
+    "data_loading",
+    "checkpointing",
+    "engine_throughput",
+    "service_load",
+)
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from tempfile import mkdtemp
 from types import FrameType
@@ -26,7 +26,7 @@ from service.cluster.rank_directory import clear_work_dir
 from service.domain.errors import Unavailable
 from service.linux import become_subreaper
 from service.settings import Settings
-from service.wiring import migrate_database
+from service.wiring import last_observed, migrate_database
 
 SERVICE_FILE = "service.json"
 TICK_S = 0.1
@@ -106,12 +106,14 @@ class EmbeddedService:
             signal.signal(number, self._ask_to_stop)
         migrate_database(self._settings)
         announced = False
-        started_at = datetime.now(UTC)
+        # A snapshot of an earlier run says nothing about this one; it is known by itself, since clocks jump.
+        earlier = last_observed(self._settings)
+        ready_by = time.monotonic() + READY_TIMEOUT_S
         try:
             while not self._stop_asked:
                 self._keep_running()
                 if not announced:
-                    announced = self._announce(started_at)
+                    announced = self._announce(earlier, ready_by)
                 time.sleep(TICK_S)
         finally:
             self._stop()
@@ -156,21 +158,20 @@ class EmbeddedService:
         self._rid_by = None
         return True
 
-    def _announce(self, started_at: datetime) -> bool:
+    def _announce(self, earlier: datetime | None, ready_by: float) -> bool:
         """Say that the service answers and has a cluster, once that is so."""
         try:
             headers = {"Authorization": f"Bearer {self._settings.token}"}
             snapshot = httpx.get(f"{self.url}/v1/cluster", headers=headers, timeout=ANSWER_TIMEOUT_S)
             cluster = snapshot.raise_for_status().json()
-            # A snapshot of an earlier run says nothing about this one.
-            ready = bool(cluster["nodes"]) and datetime.fromisoformat(cluster["observed_at"]) > started_at
+            ready = bool(cluster["nodes"]) and datetime.fromisoformat(cluster["observed_at"]) != earlier
         except (httpx.HTTPError, ValueError):
             ready = False
         if ready:
             _write_atomically(self._data_dir / SERVICE_FILE, json.dumps({"url": self.url, "pid": os.getpid()}))
             sys.stdout.write(f"Serving on {self.url}\nData and token in {self._data_dir}. Ctrl-C stops.\n")
             sys.stdout.flush()
-        elif (datetime.now(UTC) - started_at).total_seconds() > READY_TIMEOUT_S:
+        elif time.monotonic() > ready_by:
             raise Unavailable(f"The service is not ready after {READY_TIMEOUT_S:g} s; see {self._data_dir / 'logs'}.")
         return ready
 

@@ -12,6 +12,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import datetime
 
 from service.domain.errors import InvalidSpec, Unavailable
 from service.domain.placement import Node, Resources
@@ -148,6 +149,16 @@ def migrate_database(settings: Settings) -> None:
     from service.store import migrate  # noqa: PLC0415
 
     migrate(settings.database)
+
+
+def last_observed(settings: Settings) -> datetime | None:
+    """Return when a scheduler last saw the cluster, by the database's clock; None: never."""
+    from service.store import SqlStore  # noqa: PLC0415
+
+    store = SqlStore(settings.database)
+    observed_at = store.cluster().observed_at
+    store.close()
+    return observed_at
 
 
 def _capacity(settings: Settings) -> tuple[Node, ...] | None:

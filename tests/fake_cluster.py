@@ -1,5 +1,6 @@
 """A cluster without machines: supervisors that report what a test has them report, and fail as it has them fail."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +35,7 @@ class FakeSupervisor:
 
     launch: Launch
     journal: JournalWriter
+    began_at: float = field(default_factory=time.monotonic)
     state: SupervisorState = SupervisorState.ALIVE
     records: list[JournalRecord] = field(default_factory=list)
     stop_reasons: list[Reason] = field(default_factory=list)
@@ -118,7 +120,9 @@ class FakeCluster:
         supervisor = self._supervisors[job_id, attempt]
         first = len(supervisor.records) + 1
         new = [
-            JournalRecord(sequence=sequence, time=utc_now(), report=report)
+            JournalRecord(
+                sequence=sequence, time=utc_now(), elapsed_s=time.monotonic() - supervisor.began_at, report=report
+            )
             for sequence, report in enumerate(reports, start=first)
         ]
         supervisor.records += new

@@ -95,7 +95,7 @@ class _Row:
     Attributes:
         superseded_points: (position, name).
         superseded_checkpoints: (attempt, step).
-        ran_until: when an attempt last reported, by number.
+        running_from_s: when an attempt began to run, in seconds since its supervisor did, by number.
         said: what an attempt said at its end, by number.
     """
 
@@ -108,7 +108,7 @@ class _Row:
     superseded_points: set[tuple[int, str]] = field(default_factory=set)
     superseded_checkpoints: set[tuple[int, int]] = field(default_factory=set)
     quarantined: set[tuple[int, int]] = field(default_factory=set)
-    ran_until: dict[int, datetime] = field(default_factory=dict)
+    running_from_s: dict[int, float] = field(default_factory=dict)
     said: dict[int, str] = field(default_factory=dict)
     position: int = 0
     start_by: float | None = None
@@ -668,7 +668,10 @@ class FakeJobStore:
                     raise ValueError(f"record {record.sequence} follows {last}")
                 other = getattr(record.report, "job_id", None)
                 _take(row, number, record, row if other in (None, job_id) else self._row(other))
-                row.ran_until[number] = record.time
+                attempt = row.attempts[number - 1]
+                if attempt.running_at is not None:
+                    row.running_from_s.setdefault(number, record.elapsed_s)
+                    row.change_attempt(number, ran_s=record.elapsed_s - row.running_from_s[number])
                 row.change_attempt(number, last_sequence=record.sequence)
             self._rows[job_id] = row
 
@@ -717,9 +720,7 @@ class FakeJobStore:
             )
             if attempt.ended_at is None:
                 row.add_event("ended", f"Attempt {number} ended: {reason}.", reason, outcome=outcome)
-            if attempt.running_at is not None:
-                ran_s = ((attempt.ended_at or row.ran_until[number]) - attempt.running_at).total_seconds()
-                row.change(running_s=row.job.running_s + max(0.0, ran_s))
+            row.change(running_s=row.job.running_s + attempt.ran_s)
             following = _following(row, outcome, reason, is_placed=next_node_ids is not None)
             if following.status is JobStatus.STARTING:
                 assert next_node_ids is not None

@@ -63,7 +63,7 @@ class LightCluster:
         name = f"{launch.job_id}.{launch.attempt}"
         others = [path.name for path in self._actors.glob(f"{launch.job_id}.*") if path.name != name]
         with suppress(FileExistsError):
-            pace = {"started_at": time.monotonic(), "step_s": float(launch.spec.labels.get("step_s", 0))}
+            pace = {"started_at": time.monotonic(), "step_s": _step_s(launch)}
             with (self._actors / name).open("x") as file:
                 json.dump(pace, file)
         if self._storage.create_exclusively(launch_marker(launch.job_id, launch.attempt), b"light"):
@@ -81,7 +81,10 @@ class LightCluster:
         stop = self._stops / name
         if stop.exists():
             num_seen, reason = stop.read_text().split()
-            records = [*records[: int(num_seen)], _end(int(num_seen) + 1, Outcome.STOPPED, Reason(reason))]
+            records = [
+                *records[: int(num_seen)],
+                _end(int(num_seen) + 1, Outcome.STOPPED, Reason(reason), pace["step_s"]),
+            ]
         elif pace["step_s"]:
             records = records[: _num_seen(pace)]
         return JournalPage(state=SupervisorState.ALIVE, records=tuple(records[after : after + PAGE]))
@@ -129,16 +132,25 @@ def _records(launch: Launch) -> list[JournalRecord]:
             metrics={},
         ),
     ]
+    step_s = _step_s(launch)
     records = [
-        JournalRecord(sequence=sequence, time=utc_now(), report=report)
+        JournalRecord(sequence=sequence, time=utc_now(), elapsed_s=_elapsed_s(sequence, step_s), report=report)
         for sequence, report in enumerate(reports, start=1)
     ]
-    return [*records, _end(len(records) + 1, Outcome.SUCCEEDED, Reason.COMPLETED, step=num_steps)]
+    return [*records, _end(len(records) + 1, Outcome.SUCCEEDED, Reason.COMPLETED, step_s, step=num_steps)]
 
 
-def _end(sequence: int, outcome: Outcome, reason: Reason, step: int = 0) -> JournalRecord:
+def _end(sequence: int, outcome: Outcome, reason: Reason, step_s: float, step: int = 0) -> JournalRecord:
     report = Ended(outcome=outcome, reason=reason, message="Ended.", step=step)
-    return JournalRecord(sequence=sequence, time=utc_now(), report=report)
+    return JournalRecord(sequence=sequence, time=utc_now(), elapsed_s=_elapsed_s(sequence, step_s), report=report)
+
+
+def _step_s(launch: Launch) -> float:
+    return float(launch.spec.labels.get("step_s", 0))
+
+
+def _elapsed_s(sequence: int, step_s: float) -> float:
+    return max(0, sequence - NUM_FIRST_RECORDS) * step_s
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -25,6 +26,7 @@ class Journal:
 
     def __init__(self, writer: JournalWriter) -> None:
         self._writer = writer
+        self._began_at = time.monotonic()
         self._records: list[JournalRecord] = []
         self._first = 1
         self._num_durable = 0
@@ -34,7 +36,8 @@ class Journal:
     def add(self, report: AnyReport) -> None:
         """Append a report."""
         sequence = len(self._records) + self._first
-        self._records.append(JournalRecord(sequence=sequence, time=utc_now(), report=report))
+        elapsed_s = time.monotonic() - self._began_at
+        self._records.append(JournalRecord(sequence=sequence, time=utc_now(), elapsed_s=elapsed_s, report=report))
         self._changed.set()
         self._changed = asyncio.Event()
 

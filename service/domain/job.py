@@ -199,6 +199,7 @@ class Attempt(Record):
         last_sequence: the last journal record taken into the store; 0 before the first.
         resumed_from_step: step of the checkpoint it started from; 0 from the beginning; None before it said so.
         step: the last step that it reported; None before the first report.
+        ran_s: how long it had run when it reported last, by its supervisor's monotonic clock, in seconds.
         stop_reason: why it was asked to stop, if it was.
         target_node_ids: where the next attempt goes, if this one was asked to stop to be resized; held for it.
     """
@@ -218,6 +219,7 @@ class Attempt(Record):
     failure: Failure | None
     created_at: datetime
     running_at: datetime | None
+    ran_s: float = 0.0
     ended_at: datetime | None
 
 

@@ -154,13 +154,15 @@ class JournalRecord(BaseModel):
 
     Attributes:
         sequence: from 1, without gaps.
-        time: when the supervisor took it in, UTC.
+        time: when the supervisor took it in, UTC; for people, since clocks jump.
+        elapsed_s: the same in seconds since the supervisor began, by its monotonic clock.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sequence: int
     time: datetime
+    elapsed_s: float = 0.0
     report: AnyReport
 
 

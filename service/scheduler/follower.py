@@ -3,10 +3,9 @@
 import logging
 import time
 from collections.abc import Sequence, Set
-from datetime import datetime
 
 from service.domain.job import Attempt, AttemptStatus, Failure, Job, Outcome, Reason
-from service.domain.journal import CheckpointWritten, Ended, JournalRecord, Resumed, utc_now
+from service.domain.journal import CheckpointWritten, Ended, JournalRecord, Resumed
 from service.domain.keeping import to_remove
 from service.domain.ports import (
     UPLOAD_TIMEOUT_S,
@@ -61,7 +60,10 @@ class AttemptFollower:
         self._make_launch = make_launch
         self._launch_timeout_s = launch_timeout_s
         self._stop_grace_s = make_launch.stop_grace_s
+        # All by the monotonic clock of this process.
         self._launched_at: dict[tuple[str, int], float] = {}
+        self._unlaunched_since: dict[tuple[str, int], float] = {}
+        self._heard: dict[tuple[str, int], tuple[int, float]] = {}
         self._stop_asked_at: dict[tuple[str, int], float] = {}
         self._stop_first_asked_at: dict[tuple[str, int], float] = {}
         self._usable_nodes: Set[str] = frozenset()
@@ -129,7 +131,7 @@ class AttemptFollower:
             if not records or not self._take(lease, live, records):
                 failure = Failure(error_type="SupervisorDied", message="The supervisor of the attempt died.")
                 self._seal_lost(lease, live, Reason.SUPERVISOR_LOST, failure)
-        elif _age_s(live.attempt.created_at) < self._launch_timeout_s:
+        elif self._waited_for_launch_s(live) < self._launch_timeout_s:
             self._launch_again(live)
         elif self._files.prevent_launch(job_id, number):
             failure = Failure(error_type="LaunchFailed", message="The supervisor of the attempt did not start.")
@@ -139,7 +141,7 @@ class AttemptFollower:
         job_id, number = live.job.id, live.attempt.number
         reason = live.attempt.stop_reason
         if reason in (None, Reason.RESIZED, Reason.PREEMPTED):
-            stronger = _why_stop(live)
+            stronger = self._why_stop(live)
             if stronger is not None:
                 self._store.mark_stopping(lease, job_id, number, stronger)
             reason = stronger or reason
@@ -178,10 +180,36 @@ class AttemptFollower:
         reach(CrashPoint.AFTER_RESULT)
         logger.info("%s attempt %d ended: %s (%s); the job is %s", job_id, number, outcome, reason, job.status)
         self._cluster.close(job_id, number)
-        for times in (self._launched_at, self._stop_asked_at, self._stop_first_asked_at):
+        for times in (self._launched_at, self._unlaunched_since, self._stop_asked_at, self._stop_first_asked_at):
             times.pop((job_id, number), None)
+        self._heard.pop((job_id, number), None)
         self._sweeper.sweep_attempt(job_id, number)
         self._retire_checkpoints(lease, job)
+
+    def _waited_for_launch_s(self, live: LiveAttempt) -> float:
+        """Return how long this process has known of an attempt that has no supervisor; another leader counts anew."""
+        now = time.monotonic()
+        return now - self._unlaunched_since.setdefault((live.job.id, live.attempt.number), now)
+
+    def _why_stop(self, live: LiveAttempt) -> Reason | None:
+        if live.job.cancel_requested:
+            return Reason.CANCEL_REQUESTED
+        timeout_s = live.job.spec.timeout_s
+        if timeout_s is not None and live.attempt.running_at is not None and self._running_s(live) > timeout_s:
+            return Reason.TIMEOUT
+        return Reason.PAUSE_REQUESTED if live.job.pause_requested else None
+
+    def _running_s(self, live: LiveAttempt) -> float:
+        """Return for how long a job has run: as its attempts told, and as long as this process has heard nothing since.
+
+        No time of day takes part, so that a clock that jumps ends no job.
+        """
+        key, now = (live.job.id, live.attempt.number), time.monotonic()
+        sequence, heard_at = self._heard.get(key, (None, now))
+        if sequence != live.attempt.last_sequence:
+            heard_at = now
+            self._heard[key] = (live.attempt.last_sequence, now)
+        return live.job.running_s + live.attempt.ran_s + now - heard_at
 
     def _next_places(self, live: LiveAttempt) -> tuple[str, ...] | None:
         """Return where a job goes on that is being resized; None if it is not, or if a node of these is gone."""
@@ -198,17 +226,3 @@ class AttemptFollower:
         self._sweeper.sweep_job(job.id)
         if job.forked_from is not None:
             self._sweeper.sweep_job(job.forked_from.job_id)  # it may need that checkpoint no more
-
-
-def _why_stop(live: LiveAttempt) -> Reason | None:
-    if live.job.cancel_requested:
-        return Reason.CANCEL_REQUESTED
-    timeout_s = live.job.spec.timeout_s
-    running_at = live.attempt.running_at
-    if timeout_s is not None and running_at is not None and live.job.running_s + _age_s(running_at) > timeout_s:
-        return Reason.TIMEOUT
-    return Reason.PAUSE_REQUESTED if live.job.pause_requested else None
-
-
-def _age_s(since: datetime) -> float:
-    return (utc_now() - since).total_seconds()

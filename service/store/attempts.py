@@ -181,11 +181,9 @@ def seal_attempt(
         locked.add_event(
             "ended", f"Attempt {number} ended: {_words(reason)}.", time=time, reason=reason, data={"outcome": outcome}
         )
-    if row.running_at is not None:
-        # Where it did not say when it ended, its last report is the last proof that it ran: what followed may have
-        # been an outage, which is not charged to the job's time.
-        ran_s = ((row.ended_at or row.reported_at) - row.running_at).total_seconds()
-        locked.change(running_s=locked.job.running_s + max(0.0, ran_s))
+    # Where it did not say that it ended, its last report is the last proof that it ran: what followed may have been an
+    # outage, which is not charged to the job's time.
+    locked.change(running_s=locked.job.running_s + _ran_s(row))
     stop_reason = None if row.stop_reason is None else Reason(row.stop_reason)
     # Asked for, perhaps not yet told to the attempt: the wish counts, whatever ended it.
     wish = wish_of(locked.job)
@@ -324,8 +322,15 @@ def attempt_of(job_id: str, row: Row[Any]) -> Attempt:
         failure=failure_of(row.failure),
         created_at=row.created_at,
         running_at=row.running_at,
+        ran_s=_ran_s(row),
         ended_at=row.ended_at,
     )
+
+
+def _ran_s(row: Row[Any]) -> float:
+    if row.running_elapsed_s is None:
+        return 0.0
+    return float(row.reported_elapsed_s - row.running_elapsed_s)
 
 
 def _attempt_row(connection: Connection, locked: LockedJob, number: int) -> Row[Any]:

@@ -121,6 +121,7 @@ class _Intake:
             status=self._status,
             last_sequence=last.sequence,
             reported_at=last.time,
+            reported_elapsed_s=last.elapsed_s,
             **self._changes,
         )
 
@@ -139,7 +140,7 @@ class _Intake:
         self._advance(AttemptStatus.RUNNING)
         if self._running_at is None:
             self._running_at = record.time
-            self._changes["running_at"] = record.time
+            self._changes.update(running_at=record.time, running_elapsed_s=record.elapsed_s)
         job = self._locked.job
         self._locked.change(num_steps=report.num_steps, started_at=job.started_at or record.time)
         if job.status is JobStatus.STARTING:

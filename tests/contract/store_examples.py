@@ -52,7 +52,9 @@ def is_led(store) -> bool:
 def records(*reports: Report, first: int = 1) -> list[JournalRecord]:
     """One record a second."""
     return [
-        JournalRecord(sequence=sequence, time=START + timedelta(seconds=sequence), report=report)
+        JournalRecord(
+            sequence=sequence, time=START + timedelta(seconds=sequence), elapsed_s=float(sequence), report=report
+        )
         for sequence, report in enumerate(reports, start=first)
     ]
 

@@ -1,6 +1,7 @@
 """What becomes of attempts, one iteration at a time. A failure means a lost job, a wrong end, or work done twice."""
 
 import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -315,8 +316,40 @@ def test_a_job_that_is_killed_while_it_is_cancelled_is_cancelled(house, schedule
     assert house.status(job_id) == (JobStatus.CANCELLED, Reason.CANCELLED)
 
 
+def test_the_time_of_day_ends_no_job(house, scheduler, monkeypatch):
+    job_id = house.start(scheduler, timeout_s=1800)
+    for offset in (timedelta(hours=1), timedelta(hours=-1)):
+        monkeypatch.setattr("tests.fake_cluster.utc_now", lambda offset=offset: datetime.now(UTC) + offset)
+        house.cluster.report(job_id, 1, Metrics.of(1, {"train/loss": 0.5}))
+        for _ in range(3):
+            scheduler.step()
+    assert house.cluster.stop_reasons(job_id, 1) == []
+    house.cluster.end(job_id, 1)
+    scheduler.step()
+    # What the test itself took, by a clock that does not jump.
+    assert 0.0 < house.store.get(job_id).running_s < 60.0
+
+
+def test_another_leader_goes_on_counting_where_the_attempt_was(house, monkeypatch):
+    first = house.scheduler("first")
+    job_id = house.start(first, timeout_s=1800)
+    house.cluster.supervisor(job_id, 1).began_at -= 1795.0
+    house.cluster.report(job_id, 1, Metrics.of(1, {"train/loss": 0.5}))
+    first.step()
+    house.store.release_lease(house.lease())
+    second = house.scheduler("second")
+    second.step()
+    assert house.cluster.stop_reasons(job_id, 1) == []
+    house.cluster.supervisor(job_id, 1).began_at -= 10.0
+    house.cluster.report(job_id, 1, Metrics.of(2, {"train/loss": 0.5}))
+    second.step()
+    second.step()
+    assert set(house.cluster.stop_reasons(job_id, 1)) == {Reason.TIMEOUT}
+
+
 def test_a_job_that_takes_too_long_fails_with_its_last_checkpoint(house, scheduler):
     job_id = house.start(scheduler, timeout_s=0.001)
+    scheduler.step()  # counts from when it hears of it
     scheduler.step()
     assert house.status(job_id) == (JobStatus.STOPPING, Reason.TIMEOUT)
     assert set(house.cluster.stop_reasons(job_id, 1)) == {Reason.TIMEOUT}
@@ -329,6 +362,7 @@ def test_a_job_that_takes_too_long_fails_with_its_last_checkpoint(house, schedul
 
 def test_a_job_that_is_killed_when_its_time_is_up_has_timed_out(house, scheduler):
     job_id = house.start(scheduler, timeout_s=0.001)
+    scheduler.step()  # counts from when it hears of it
     scheduler.step()
     house.cluster.kill(job_id, 1)
     scheduler.step()

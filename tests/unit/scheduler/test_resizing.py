@@ -344,6 +344,7 @@ def test_an_orderly_stop_keeps_a_pause(house, scheduler):
 
 def test_a_job_whose_time_was_up_gets_it_again_when_it_is_resumed(house, scheduler):
     job_id = house.start(scheduler, timeout_s=0.001)
+    scheduler.step()  # counts from when it hears of it
     scheduler.step()
     house.cluster.end(job_id, 1, Outcome.STOPPED, Reason.TIMEOUT)
     scheduler.step()

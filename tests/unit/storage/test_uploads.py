@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.domain.errors import StorageError, UserCodeRefused
+from service.domain.errors import DiskFull, StorageError, UserCodeRefused
 from service.domain.uploads import NewUpload, UploadKind
 from service.storage.node_cache import NodeCache
 from service.storage.object_store import ObjectStore
@@ -93,7 +93,7 @@ def test_storage_that_refuses_is_said_so(store, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store, "upload", refuse)
-    with pytest.raises(StorageError, match="No space left"):
+    with pytest.raises(DiskFull, match="No space left"):
         keep(store, UploadKind.BUNDLE, BUNDLE)
 
 

@@ -20,49 +20,31 @@ STOP_TIMEOUT_S = 40.0
 MARKER = "TEST_SERVICE_MARKER"
 
 
-class EmbeddedServiceProcess:
-    """One `syncbn serve`, with a data directory of its own.
+class ServiceUnderTest:
+    """A service that runs, through its API and its files.
 
     Args:
-        data_dir: kept between two of them to test a restart.
-        environment: added to this process's own.
+        data_dir: with its run storage and the output of its processes.
+        marker: in the environment of all its processes.
     """
 
-    def __init__(self, data_dir: Path, *, num_cpus: int = 8, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, data_dir: Path, marker: str) -> None:
         self.data_dir = data_dir
-        self.marker = uuid.uuid4().hex
-        command = [sys.executable, "-m", "service.cli.main", "serve"]
-        command += ["--data-dir", str(data_dir), "--cpus", str(num_cpus), "--gpus", "0"]
-        self.output = data_dir.with_name(data_dir.name + ".out")
-        with self.output.open("ab") as output:
-            self.process = subprocess.Popen(
-                command,
-                stdout=output,
-                stderr=output,
-                stdin=subprocess.DEVNULL,
-                env=os.environ | {MARKER: self.marker, "SYNCBN_PASS_ENVIRONMENT": MARKER} | (environment or {}),
-                start_new_session=True,
-            )
-        wait_until(self._is_ready, READY_TIMEOUT_S, lambda: f"not ready:\n{self.all_logs()}")
-        self.url: str = json.loads((data_dir / "service.json").read_text())["url"]
-        self.token = (data_dir / "token").read_text().strip()
+        self.marker = marker
+
+    def connect(self, url: str, token: str) -> None:
+        """Talk to its API from now on."""
+        self.url = url
+        self.token = token
         self.http = httpx.Client(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {self.token}"},
+            base_url=url,
+            headers={"Authorization": f"Bearer {token}"},
             timeout=10.0,
             transport=httpx.HTTPTransport(retries=5),
         )
 
-    def _is_ready(self) -> bool:
-        assert self.process.poll() is None, f"serve ended with {self.process.returncode}:\n{self.all_logs()}"
-        try:
-            # One that was killed leaves its file behind.
-            return bool(json.loads((self.data_dir / "service.json").read_text())["pid"] == self.process.pid)
-        except FileNotFoundError:
-            return False
-
     def all_logs(self) -> str:
-        paths = [self.output, *sorted((self.data_dir / "logs").glob("*.log"))]
+        paths = [*self.data_dir.parent.glob(f"{self.data_dir.name}.out"), *sorted(self.data_dir.glob("logs/*.log"))]
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-4000:]}" for path in paths)
 
     def get(self, path: str) -> Any:
@@ -117,13 +99,6 @@ class EmbeddedServiceProcess:
         launched = [event for event in self.events(job_id, "launched") if event["attempt"] == attempt]
         return int(launched[0]["data"]["supervisor_pid"])
 
-    def child_pid(self, role: str) -> int:
-        """The process id of the `api` or the `scheduler`."""
-        for child in psutil.Process(self.process.pid).children():
-            if child.cmdline()[1:4] == ["-m", "service", role]:
-                return child.pid
-        raise AssertionError(f"no {role} process")
-
     def pid_by_title(self, beginning: str) -> int:
         """The first process of this service whose title, as Ray sets it, begins so."""
         return min(process.pid for process in self.processes() if "".join(process.cmdline()).startswith(beginning))
@@ -136,6 +111,48 @@ class EmbeddedServiceProcess:
     def processes(self) -> list[psutil.Process]:
         """Every process that inherited this service's environment, wherever it hangs in the tree."""
         return marked_processes(self.marker)
+
+
+class EmbeddedServiceProcess(ServiceUnderTest):
+    """One `syncbn serve`, with a data directory of its own.
+
+    Args:
+        data_dir: kept between two of them to test a restart.
+        environment: added to this process's own.
+    """
+
+    def __init__(self, data_dir: Path, *, num_cpus: int = 8, environment: dict[str, str] | None = None) -> None:
+        super().__init__(data_dir, uuid.uuid4().hex)
+        self.output = data_dir.with_name(data_dir.name + ".out")
+        command = [sys.executable, "-m", "service.cli.main", "serve"]
+        command += ["--data-dir", str(data_dir), "--cpus", str(num_cpus), "--gpus", "0"]
+        with self.output.open("ab") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {MARKER: self.marker, "SYNCBN_PASS_ENVIRONMENT": MARKER} | (environment or {}),
+                start_new_session=True,
+            )
+        wait_until(self._is_ready, READY_TIMEOUT_S, lambda: f"not ready:\n{self.all_logs()}")
+        url = json.loads((data_dir / "service.json").read_text())["url"]
+        self.connect(url, (data_dir / "token").read_text().strip())
+
+    def _is_ready(self) -> bool:
+        assert self.process.poll() is None, f"serve ended with {self.process.returncode}:\n{self.all_logs()}"
+        try:
+            # One that was killed leaves its file behind.
+            return bool(json.loads((self.data_dir / "service.json").read_text())["pid"] == self.process.pid)
+        except FileNotFoundError:
+            return False
+
+    def child_pid(self, role: str) -> int:
+        """The process id of the `api` or the `scheduler`."""
+        for child in psutil.Process(self.process.pid).children():
+            if child.cmdline()[1:4] == ["-m", "service", role]:
+                return child.pid
+        raise AssertionError(f"no {role} process")
 
     def stop(self, signal_number: int = signal.SIGINT) -> int:
         self.http.close()

@@ -998,6 +998,9 @@ class FakeRunFiles:
         for name in [name for name in self.files if name.startswith(f"{path}/")]:
             del self.files[name]
 
+    def seal(self, job_id: str, attempt: int) -> None:
+        pass  # nothing runs on that would look for it
+
     def remove_uncommitted(self, job_id: str, attempt: int, committed: Set[str]) -> None:
         below = f"jobs/{job_id}/attempts/{attempt}/checkpoints/"
         for name in [

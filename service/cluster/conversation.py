@@ -10,11 +10,12 @@ from typing import Any
 
 from service.cluster.rank_end import RankEnd
 from service.cluster.report_sender import ReportSender
-from service.domain.errors import ServiceError
+from service.domain.errors import ServiceError, StaleWrite
 from service.domain.journal import Warned
 from service.domain.ports import UPLOAD_TIMEOUT_S, Launch
 from service.domain.rank_protocol import Errored, Finished, FromRank, Staged, parse_from_rank
 from service.storage.checkpoints import publish_checkpoint
+from service.storage.layout import seal_marker
 from service.storage.object_store import ObjectStore
 
 
@@ -39,12 +40,13 @@ class Conversation:
         self._error: Errored | None = None
         self._refused: Errored | None = None  # the first checkpoint that run storage did not take
         self._finished: Finished | None = None
+        self._is_sealed = False  # the service has given the attempt up, and another one may run
 
     def receive(self, channel: socket.socket) -> bool:
         """Take in what can be read now; False at the end of it.
 
-        Where the job is to stop when a checkpoint cannot be stored, that is the end of it too: a process that is hung
-        up on ends at once.
+        Where the job is to stop when a checkpoint cannot be stored, or may not be since the attempt is over, that is
+        the end of it too: a process that is hung up on ends at once.
         """
         if self._refused is not None and self._stops_without_checkpoint:
             with suppress(OSError):  # it has hung up itself
@@ -79,7 +81,7 @@ class Conversation:
 
     @property
     def _stops_without_checkpoint(self) -> bool:
-        return self._launch.spec.checkpoint.on_failure == "stop"
+        return self._is_sealed or self._launch.spec.checkpoint.on_failure == "stop"
 
     def _take(self, messages: Sequence[FromRank]) -> None:
         reports: list[Any] = []
@@ -98,8 +100,12 @@ class Conversation:
 
     def _upload(self, staged: Staged) -> Errored | None:
         directory = Path(staged.directory)
+        job_id, attempt = self._launch.job_id, self._launch.attempt
         try:
-            written = publish_checkpoint(self._store, self._launch.job_id, self._launch.attempt, staged.step, directory)
+            self._is_sealed = self._store.exists(seal_marker(job_id, attempt))
+            if self._is_sealed:
+                raise StaleWrite(f"attempt {attempt} has been given up.")
+            written = publish_checkpoint(self._store, job_id, attempt, staged.step, directory)
         except (OSError, ServiceError) as error:
             message = f"The checkpoint of step {staged.step} could not be stored: {error}"
             self._reports.send([Warned(message=message, rank=self._rank)])

@@ -643,6 +643,10 @@ class RunFiles(Protocol):
         """Remove a checkpoint's directory, its manifest first; nothing if it is not there."""
         ...
 
+    def seal(self, job_id: str, attempt: int) -> None:
+        """Tell whatever still runs of an attempt that it is over: it stores no more checkpoints, and ends."""
+        ...
+
     def remove_uncommitted(self, job_id: str, attempt: int, committed: Set[str]) -> None:
         """Remove what an attempt that is sealed left of checkpoints, but for the directories that were committed."""
         ...

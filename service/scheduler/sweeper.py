@@ -54,8 +54,12 @@ class Sweeper:
         self._remove(self._store.removable_checkpoints(job_id))
 
     def sweep_attempt(self, job_id: str, attempt: int) -> None:
-        """Begin to remove what an attempt that is sealed left of checkpoints that never were committed."""
+        """Begin to close run storage to an attempt that is sealed, which may train on behind a network that is cut.
+
+        Then what it left of checkpoints that never were committed is removed.
+        """
         committed = self._store.committed_paths(job_id, attempt)
+        self._begin(f"the seal of {job_id} attempt {attempt}", partial(self._files.seal, job_id, attempt))
         self._begin(
             f"checkpoints of {job_id} attempt {attempt}",
             partial(self._files.remove_uncommitted, job_id, attempt, committed),

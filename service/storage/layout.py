@@ -18,6 +18,11 @@ def launch_marker(job_id: str, attempt: int) -> str:
     return f"{attempt_dir(job_id, attempt)}/launched"
 
 
+def seal_marker(job_id: str, attempt: int) -> str:
+    """Return the file that says that an attempt is over: whatever still runs of it is to write no more."""
+    return f"{attempt_dir(job_id, attempt)}/sealed"
+
+
 def journal_dir(job_id: str, attempt: int) -> str:
     """Return the directory of the journal's segments."""
     return f"{attempt_dir(job_id, attempt)}/journal"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Set
 from service.domain.journal import JournalRecord
 from service.domain.ports import LogPart
 from service.storage.journal_file import read_journal
-from service.storage.layout import UPLOAD_DIRS, checkpoints_dir, launch_marker, log_dir
+from service.storage.layout import UPLOAD_DIRS, checkpoints_dir, launch_marker, log_dir, seal_marker
 from service.storage.manifest import MANIFEST_NAME
 from service.storage.object_store import ObjectStore
 from service.storage.segments import read_kept, sequence_range
@@ -55,6 +55,10 @@ class StoredRunFiles:
         """Remove a checkpoint's directory, its manifest first; nothing if it is not there."""
         self._store.remove(f"{path}/{MANIFEST_NAME}")
         self._store.remove(path)
+
+    def seal(self, job_id: str, attempt: int) -> None:
+        """Tell whatever still runs of an attempt that it is over."""
+        self._store.write(seal_marker(job_id, attempt), b"")
 
     def remove_uncommitted(self, job_id: str, attempt: int, committed: Set[str]) -> None:
         """Remove what an attempt that is sealed left of checkpoints, but for the directories that were committed."""

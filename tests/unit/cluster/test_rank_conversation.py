@@ -11,6 +11,7 @@ from service.domain.rank_protocol import Errored, Finished, Staged, Stepped
 from service.domain.spec import parse_spec
 from service.storage.manifest import write_manifest
 from service.storage.object_store import ObjectStore
+from service.storage.run_files import StoredRunFiles
 from tests.small_disk import small_disk
 
 
@@ -184,6 +185,21 @@ def test_a_job_that_stops_without_its_checkpoints_is_hung_up_on(strict_rank):
     end = rank.conversation.close(1)
     assert (end.error.cause, end.error.error_type) == ("checkpoint", "CorruptCheckpoint")
     assert "step 1 could not be stored" in end.error.message
+
+
+def test_an_attempt_that_was_given_up_stores_no_checkpoint_and_is_hung_up_on(rank):
+    """As behind a network that was cut: another attempt runs, and this one is the last to know."""
+    rank.say(rank.stage(1))
+    rank.conversation._uploads[-1].result(timeout=30)
+    StoredRunFiles(rank.store).seal("job", 1)
+    rank.say(rank.stage(2))
+    rank.conversation._uploads[-1].result(timeout=30)
+    assert not rank.conversation.receive(rank.ours)
+    assert rank.theirs.recv(1) == b""
+    end = rank.conversation.close(1)
+    assert (end.error.cause, end.error.error_type) == ("checkpoint", "StaleWrite")
+    assert rank.store.names("jobs/job/attempts/1/checkpoints") == ["000000001"]
+    assert not (rank._directory / "staged-2").exists()
 
 
 def test_a_job_that_has_finished_has_no_use_for_an_earlier_checkpoint(strict_rank):

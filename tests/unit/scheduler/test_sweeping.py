@@ -9,7 +9,7 @@ import pytest
 
 from service.domain.job import JobStatus, Outcome, Reason
 from service.scheduler import sweeper
-from service.storage.layout import checkpoint_dir
+from service.storage.layout import checkpoint_dir, seal_marker
 from tests.fakes import wait_for
 
 
@@ -29,6 +29,7 @@ def test_what_was_never_committed_goes_when_its_attempt_is_sealed(house, schedul
     house.cluster.end(job_id, 1, Outcome.LOST, Reason.RANK_LOST)
     scheduler.step()
     assert _exist(house, job_id, 10, 20, 30) == [True, False, False]
+    assert house.storage.exists(seal_marker(job_id, 1)), "whatever still runs of it could store more"
     assert house.store.get(job_id).attempt == 2
 
 

@@ -41,6 +41,8 @@ class Settings(BaseSettings):
         prepare_timeout_s: how long a node may take before that to fetch what the job brings and install requirements.
         stop_grace_s: how long a rank that was asked to stop may take for its last checkpoint.
         resize_interval_s: how long an elastic job runs before it is interrupted to give it more workers.
+        warm_supervisors: how many supervisors wait for an attempt.
+        warm_ranks: how many rank actors wait for an attempt on each node.
     """
 
     model_config = SettingsConfigDict(env_prefix="SYNCBN_", extra="ignore", frozen=True)
@@ -67,6 +69,8 @@ class Settings(BaseSettings):
     prepare_timeout_s: Annotated[float, Field(gt=0)] = PREPARE_TIMEOUT_S
     stop_grace_s: Annotated[float, Field(gt=0)] = 10.0
     resize_interval_s: Annotated[float, Field(ge=0)] = 60.0
+    warm_supervisors: Annotated[int, Field(ge=0)] = 1
+    warm_ranks: Annotated[int, Field(ge=0)] = 2
 
     @property
     def database(self) -> str:

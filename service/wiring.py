@@ -70,13 +70,19 @@ def run_api(settings: Settings, listener: socket.socket | None = None, *, host: 
 def ray_cluster(settings: Settings) -> Iterator[Cluster]:
     """Be a driver of the Ray cluster at ``settings.ray_address``, which is required."""
     from service.cluster.ray_cluster import RayCluster  # noqa: PLC0415
+    from service.storage.object_store import ObjectStore  # noqa: PLC0415
 
     if not settings.ray_address:
         raise InvalidSpec("SYNCBN_RAY_ADDRESS is not set: the scheduler has no cluster.")
     too_late = threading.Timer(CONNECT_TIMEOUT_S, _give_up_connecting, [settings.ray_address])
     too_late.start()
     cluster = RayCluster(
-        address=settings.ray_address, node_ip=settings.node_ip, work_dir=str(settings.node_dir_or_default)
+        address=settings.ray_address,
+        node_ip=settings.node_ip,
+        work_dir=str(settings.node_dir_or_default),
+        storage=ObjectStore(settings.storage),
+        num_warm_supervisors=settings.warm_supervisors,
+        num_warm_ranks=settings.warm_ranks,
     )
     too_late.cancel()
     yield cluster

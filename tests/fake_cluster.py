@@ -1,7 +1,7 @@
 """A cluster without machines: supervisors that report what a test has them report, and fail as it has them fail."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from service.domain.errors import Unavailable
@@ -103,14 +103,24 @@ class FakeCluster:
         self.closed.append((job_id, attempt))
         self._supervisors.pop((job_id, attempt), None)
 
-    def supervised(self) -> tuple[tuple[str, int], ...]:
+    def supervisors(self) -> tuple[str, ...]:
         self._check()
-        return tuple(self._supervisors)
+        return tuple(f"{job_id}/{attempt}" for job_id, attempt in self._supervisors)
+
+    def close_all_but(self, attempts: Collection[tuple[str, int]], supervisors: Collection[str]) -> None:
+        self._check()
+        for job_id, attempt in list(self._supervisors):
+            if f"{job_id}/{attempt}" in supervisors and (job_id, attempt) not in attempts:
+                self.close(job_id, attempt)
 
     def _has_started(self, key: tuple[str, int]) -> bool:
         return key in self._supervisors and bool(self._supervisors[key].records)
 
-    # What a test makes happen.
+    # What a test makes happen, and sees.
+
+    def supervised(self) -> tuple[tuple[str, int], ...]:
+        """Job and attempt of every supervisor."""
+        return tuple(self._supervisors)
 
     def supervisor(self, job_id: str, attempt: int) -> FakeSupervisor:
         return self._supervisors[job_id, attempt]

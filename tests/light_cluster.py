@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -98,9 +98,14 @@ class LightCluster:
     def close(self, job_id: str, attempt: int) -> None:
         (self._actors / f"{job_id}.{attempt}").unlink(missing_ok=True)
 
-    def supervised(self) -> tuple[tuple[str, int], ...]:
-        names = (path.name.rpartition(".") for path in self._actors.iterdir())
-        return tuple((job_id, int(number)) for job_id, _, number in names)
+    def supervisors(self) -> tuple[str, ...]:
+        return tuple(path.name for path in self._actors.iterdir())
+
+    def close_all_but(self, attempts: Collection[tuple[str, int]], supervisors: Collection[str]) -> None:
+        for name in supervisors:
+            job_id, _, number = name.rpartition(".")
+            if (job_id, int(number)) not in attempts:
+                self.close(job_id, int(number))
 
     def runs(self) -> list[str]:
         """One line for each attempt that really began, in order: which, and beside which other one of its job."""

@@ -1,20 +1,21 @@
 """What things are called in Ray."""
 
+import uuid
+
 NAMESPACE = "syncbn"
+_SUPERVISOR = "supervisor/"
 
 
-def supervisor_name(job_id: str, attempt: int) -> str:
-    """Return the name of the actor that owns an attempt."""
-    return f"supervisor/{job_id}/{attempt}"
+def new_supervisor_name() -> str:
+    """Return a name that no actor has had. Whose attempt it runs is written in the attempt's launch marker."""
+    return f"{_SUPERVISOR}{uuid.uuid4().hex}"
 
 
-def parse_supervisor_name(name: str) -> tuple[str, int] | None:
-    """Return job and attempt of a supervisor's name; None for other actors."""
-    kind, _, rest = name.partition("/")
-    job_id, _, attempt = rest.rpartition("/")
-    return (job_id, int(attempt)) if kind == "supervisor" and attempt.isdecimal() else None
+def is_supervisor_name(name: str) -> bool:
+    """Return whether an actor with this name supervises attempts."""
+    return name.startswith(_SUPERVISOR)
 
 
 def node_agent_name(node_id: str) -> str:
-    """Return the name of the actor that owns a node's forkserver."""
+    """Return the name of the actor that owns a node's forkserver and its warm rank actors."""
     return f"node-agent/{node_id}"

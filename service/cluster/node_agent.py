@@ -1,4 +1,4 @@
-"""The actor that owns a node's forkserver; one per node, detached, restarted when it dies."""
+"""The actor that owns a node's forkserver and rank actors; one per node, detached, restarted when it dies."""
 
 import logging
 import os
@@ -7,24 +7,20 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from service.cluster.fence import FENCES
 from service.cluster.rank_directory import clear_abandoned, clear_work_dir
+from service.cluster.rank_pool import LentRank, RankPool
+from service.cluster.training_environment import training_environment
 
 ENTRY = "service.training.rank:main"
 PRELOAD = ("service.training.rank", "torch._dynamo")
 
-# A training process gets what it needs to run, and no secret of the service, of Ray, or of storage.
-PASSED_NAMES = frozenset(
-    {"HOME", "HOSTNAME", "LANG", "LANGUAGE", "LOGNAME", "PATH", "SHELL", "TMPDIR", "TZ", "USER", "VIRTUAL_ENV"}
-)
-PASSED_PREFIXES = ("LC_", "LD_", "PYTHON", "CUDA", "NVIDIA_", "NCCL_", "GLOO_", "TORCH", "OMP_", "MKL_", "GLIBC_")
-# Comma-separated names of further variables to pass on, where the operator says so.
-PASS_ENVIRONMENT = "SYNCBN_PASS_ENVIRONMENT"  # noqa: S105 - the name of a variable
 # How soon the last lines of a rank whose actor was killed are in run storage.
 LOOK_FOR_ABANDONED_S = 1.0
 
@@ -32,20 +28,23 @@ logger = logging.getLogger(__name__)
 
 
 class NodeAgent:
-    """Keeps the node's forkserver running and says how to reach it.
+    """Keeps the node's forkserver running and says how to reach it; lends rank actors.
 
     Args:
         work_dir: node-local directory for logs and staged checkpoints. What is in this node's part of it goes when an
             agent starts, but for logs that are not shipped yet.
+        num_warm_ranks: how many rank actors wait for an attempt.
 
     Raises:
         RuntimeError: the forkserver ended before it was ready.
     """
 
-    def __init__(self, work_dir: str) -> None:
+    def __init__(self, work_dir: str, num_warm_ranks: int) -> None:
+        node_id = ray.get_runtime_context().get_node_id()
+        self._ranks = RankPool(node_id=node_id, size=num_warm_ranks)
         # One node's agents share the parent; several nodes may share one machine.
         self._fences = Path(work_dir) / FENCES
-        self._work_dir = Path(work_dir) / ray.get_runtime_context().get_node_id()
+        self._work_dir = Path(work_dir) / node_id
         clear_work_dir(self._work_dir)
         self._start()
         threading.Thread(target=self._clear_abandoned_forever, name="abandoned", daemon=True).start()
@@ -55,6 +54,19 @@ class NodeAgent:
         if self._forkserver.poll() is not None:
             self._start()
         return self._socket_name, str(self._work_dir)
+
+    def keep_up(self) -> None:
+        """See that the forkserver runs and that rank actors wait; once a second is often enough."""
+        self.forkserver()
+        self._ranks.keep_up()
+
+    def lend(self, count: int, supervisor: Any, job_id: str, attempt: int) -> list[LentRank]:  # noqa: ANN401
+        """Lend rank actors to an attempt; what it does not give back ends with it, or with its supervisor."""
+        return self._ranks.lend(count, supervisor, job_id, attempt)
+
+    def take_back(self, ids: Sequence[str]) -> None:
+        """Take back rank actors that have nothing left of an attempt."""
+        self._ranks.take_back(ids)
 
     def _clear_abandoned_forever(self) -> None:
         while True:
@@ -89,19 +101,3 @@ class NodeAgent:
             status = self._forkserver.wait()
             said = (line + (self._work_dir / "forkserver.log").read_bytes()).decode(errors="replace")
             raise RuntimeError(f"The forkserver ended with status {status} before it was ready:\n{said}")
-
-
-def training_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Choose the variables that a training process gets.
-
-    Args:
-        environment: of the node's agent.
-    """
-    also = {name.strip() for name in environment.get(PASS_ENVIRONMENT, "").split(",")}
-    passed = {
-        name: value
-        for name, value in environment.items()
-        if name in PASSED_NAMES or name in also or name.startswith(PASSED_PREFIXES)
-    }
-    # Threads of a preloaded BLAS would not survive the fork.
-    return passed | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

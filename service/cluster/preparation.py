@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Self
 
-from service.cluster.node_agent import training_environment
 from service.cluster.requirements import install_requirements, read_requirements
+from service.cluster.training_environment import training_environment
 from service.domain.ports import Launch
 from service.domain.uploads import upload_references
 from service.storage.node_cache import NodeCache

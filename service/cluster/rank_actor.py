@@ -4,6 +4,7 @@ import os
 import selectors
 import signal
 import socket
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from service.cluster.fork_client import ForkedProcess
 from service.cluster.forkserver import RENDEZVOUS_FD, ForkRequest
 from service.cluster.log_shipper import SHIP_INTERVAL_S, LogShipper, ShippingThread
 from service.cluster.memory_watch import LOOK_INTERVAL_S, MemoryWatch
-from service.cluster.names import node_agent_name
+from service.cluster.names import NAMESPACE, node_agent_name
 from service.cluster.preparation import Preparation
 from service.cluster.rank_directory import RankDirectory, RankOwner, clear_abandoned
 from service.cluster.rank_end import RankEnd
@@ -43,63 +44,70 @@ STOPPED = "T"  # by SIGSTOP; a process under a debugger shows another letter
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlace:
-    """Where a rank landed."""
+    """Where a rank landed.
+
+    Attributes:
+        node_id: of the node.
+        address: by which its peers know that node.
+        rendezvous_port: where it listens for them; rank 0 only.
+    """
 
     node_id: str
     address: str
+    rendezvous_port: int | None
+
+
+# Its run, one of the calls that prepare, stop and kill, and the one that lasts as long as it does.
+RANK_OPTIONS: dict[str, Any] = {"max_restarts": 0, "max_concurrency": 4}
 
 
 class RankActor:
-    """Runs one training process.
+    """Runs one training process after another, each for a rank of an attempt.
 
-    Args:
-        launch: the attempt.
-        rank: which rank of it.
-        supervisor: handle of the actor that takes the reports.
+    The next may be prepared once ``run`` has returned what is clear: then nothing is left of the one before.
     """
 
-    def __init__(self, launch: Launch, rank: int, supervisor: Any) -> None:  # noqa: ANN401 - Ray's handles are untyped
-        self._launch = launch
-        self._rank = rank
-        self._supervisor = supervisor
-        self._store = ObjectStore(launch.storage_url)
-        self._rendezvous: socket.socket | None = None
-        self._channel: socket.socket | None = None
-        self._process: ForkedProcess | None = None
+    def __init__(self) -> None:
         self._address: str = ray.util.get_node_ip_address()
-        self._work_dir = Path()
-        self._directory: RankDirectory | None = None
-        self._preparation: Preparation | None = None
-        self._shipper: LogShipper | None = None
-        self._killed_in_state: str | None = None
+        self._node_id: str = ray.get_runtime_context().get_node_id()
+        self._attempt: tuple[str, int] | None = None
+        self._process: ForkedProcess | None = None
 
-    def place(self) -> RankPlace:
-        """Return where this rank landed."""
-        return RankPlace(node_id=ray.get_runtime_context().get_node_id(), address=self._address)
+    def until_dead(self) -> None:
+        """Never return; so whoever has asked learns of this actor's death."""
+        threading.Event().wait()
 
-    def open_rendezvous(self) -> int:
-        """Listen for the other ranks on the address that they know this node by; rank 0 only.
+    def prepare(self, launch: Launch, rank: int, supervisor: Any) -> RankPlace:  # noqa: ANN401 - Ray's handles are untyped
+        """Fetch to this node what the job brings, before any rank waits for another; rank 0 listens for the others.
 
-        Returns:
-            The port.
-        """
-        self._rendezvous = socket.create_server((self._address, 0), backlog=1024)
-        return int(self._rendezvous.getsockname()[1])
+        It listens on the address that they know this node by, and on no other.
 
-    def prepare(self) -> None:
-        """Fetch to this node what the job brings, before any rank waits for another.
+        Args:
+            launch: the attempt.
+            rank: which rank of it.
+            supervisor: handle of the actor that takes the reports.
 
         Raises:
             UserCodeRefused: it cannot be used; the rank's log, in run storage by then, has more.
             ServiceError: it is not as it was uploaded, or this node does not see the service's run storage.
             OSError: it could not be fetched or installed this time; likewise.
         """
-        self._store.check_identity(self._launch.storage_id)
+        self._launch = launch
+        self._rank = rank
+        self._supervisor = supervisor
+        self._store = ObjectStore(launch.storage_url)
+        self._rendezvous: socket.socket | None = None
+        self._channel: socket.socket | None = None
+        self._process = None
+        self._preparation: Preparation | None = None
+        self._killed_in_state: str | None = None
+        self._attempt = (launch.job_id, launch.attempt)
+        self._store.check_identity(launch.storage_id)
         self._work_dir = Path(self._find_forkserver()[1])
         clear_abandoned(self._work_dir)
-        self._directory = RankDirectory(self._work_dir, RankOwner.of(self._launch, self._rank))
-        directory = log_dir(self._launch.job_id, self._launch.attempt, self._rank)
-        max_bytes = self._launch.max_log_bytes
+        self._directory: RankDirectory | None = RankDirectory(self._work_dir, RankOwner.of(launch, rank))
+        directory = log_dir(launch.job_id, launch.attempt, rank)
+        max_bytes = launch.max_log_bytes
         segments = SegmentWriter(self._store, directory, max_bytes=max_bytes)
         self._shipper = LogShipper(self._log_path, segments, max_bytes=max_bytes)
         try:
@@ -108,6 +116,13 @@ class RankActor:
         except (UserCodeRefused, OSError):
             self._shipper.ship()
             raise
+        if self._rank == 0:
+            self._rendezvous = socket.create_server((self._address, 0), backlog=1024)
+        return RankPlace(
+            node_id=self._node_id,
+            address=self._address,
+            rendezvous_port=int(self._rendezvous.getsockname()[1]) if self._rendezvous else None,
+        )
 
     def start(self, rendezvous_host: str, rendezvous_port: int, resume_from: Checkpoint | None) -> int:
         """Start the training process, once every rank has been prepared.
@@ -183,7 +198,7 @@ class RankActor:
         deadline = time.monotonic() + self._launch.start_timeout_s
         while True:
             try:
-                agent: Any = ray.get_actor(node_agent_name(ray.get_runtime_context().get_node_id()))
+                agent: Any = ray.get_actor(node_agent_name(self._node_id), namespace=NAMESPACE)
                 answer: Any = ray.get(agent.forkserver.remote(), timeout=max(0.0, deadline - time.monotonic()))
             except (ValueError, RayActorError):
                 if time.monotonic() > deadline:
@@ -198,7 +213,7 @@ class RankActor:
         assert self._process is not None
         assert self._channel is not None
         assert self._shipper is not None
-        reports = ReportSender(self._supervisor, self._rank)
+        reports = ReportSender(self._supervisor, self._launch, self._rank)
         conversation = Conversation(self._launch, self._rank, reports, self._store)
         shipping = ShippingThread(self._shipper)
         memory = MemoryWatch(self._process.pid, self._launch.spec.resources.memory_bytes_per_rank)
@@ -222,7 +237,7 @@ class RankActor:
                     if process_state(self._process.pid) != STOPPED:
                         seen_going_at = now
                     elif now - seen_going_at > self._launch.collective_timeout_s:
-                        self.kill()  # a rank without peers has nobody who would miss it
+                        self._kill()  # a rank without peers has nobody who would miss it
         exit_status = self._process.exit_status()
         # What the process sent is here; only a helper of it that got away could still hold the other end.
         self._channel.setblocking(False)
@@ -240,20 +255,24 @@ class RankActor:
         assert self._directory is not None
         if is_shipped:  # else this node's agent goes on with it once this actor is gone
             self._directory.remove()
-        if self._preparation is not None:
-            self._preparation.close()
-        return end
+        assert self._preparation is not None
+        self._preparation.close()
+        return replace(end, is_clear=is_shipped)
 
-    def stop(self) -> None:
-        """Ask the process for a checkpoint and an end."""
-        if self._channel is not None:
+    def stop(self, job_id: str, attempt: int) -> None:
+        """Ask the process for a checkpoint and an end, if it is this attempt's."""
+        if self._attempt == (job_id, attempt) and self._channel is not None:
             try:
                 self._channel.sendall(StopRequest().model_dump_json().encode() + b"\n")
             except OSError:
                 return  # it has ended meanwhile; run() says how
 
-    def kill(self) -> None:
-        """Kill the process; ``run`` returns once it and its group are gone."""
+    def kill(self, job_id: str, attempt: int) -> None:
+        """Kill the process, if it is this attempt's; ``run`` returns once it and its group are gone."""
+        if self._attempt == (job_id, attempt):
+            self._kill()
+
+    def _kill(self) -> None:
         if self._process is not None:
             self._killed_in_state = self._killed_in_state or process_state(self._process.pid)
             try:

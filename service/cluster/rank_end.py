@@ -18,6 +18,7 @@ class RankEnd:
         killed_in_state: the kernel's letter for the state of its process when the service killed it; None where it
             ended by itself.
         out_of_memory: how it is known to have run out of memory, as what the rank did; empty where it is not.
+        is_clear: nothing of it is left in its actor, which may serve another attempt.
     """
 
     exit_status: int
@@ -27,6 +28,7 @@ class RankEnd:
     note: str = ""
     killed_in_state: str | None = None
     out_of_memory: str = ""
+    is_clear: bool = True
 
     @property
     def is_clean(self) -> bool:

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +12,16 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from service.cluster.names import NAMESPACE, node_agent_name, parse_supervisor_name, supervisor_name
+from service.cluster.launch_marker import read_launch_marker
+from service.cluster.names import NAMESPACE, is_supervisor_name, node_agent_name
 from service.cluster.node_agent import NodeAgent
-from service.cluster.supervisor import Supervisor
-from service.domain.errors import Unavailable
+from service.cluster.supervisor_pool import NamedSupervisor, SupervisorPool
+from service.domain.errors import ServiceError, Unavailable
 from service.domain.job import Reason
 from service.domain.journal import JournalRecord
 from service.domain.placement import Node, Resources
 from service.domain.ports import JournalPage, Launch, SupervisorState
+from service.storage.object_store import ObjectStore
 
 # How long a read may rest with a supervisor that has nothing new, and how long the scheduler looks for the answer.
 REST_S = 5.0
@@ -34,6 +37,7 @@ class _Read:
     """A read that rests with a supervisor until there is something new."""
 
     after: int
+    supervisor: NamedSupervisor
     reference: Any
     asked_at: float = field(default_factory=time.monotonic)
 
@@ -48,10 +52,27 @@ class RayCluster:
         address: ``host:port`` of the head.
         node_ip: address of this machine that the cluster's nodes use; None: let Ray find it.
         work_dir: node-local directory for logs and staged checkpoints, on every node.
+        storage: run storage, where launch markers say who supervises an attempt.
+        num_warm_supervisors: how many supervisors wait for an attempt.
+        num_warm_ranks: how many rank actors wait for an attempt on each node.
     """
 
-    def __init__(self, *, address: str, node_ip: str | None, work_dir: str) -> None:
+    def __init__(
+        self,
+        *,
+        address: str,
+        node_ip: str | None,
+        work_dir: str,
+        storage: ObjectStore,
+        num_warm_supervisors: int,
+        num_warm_ranks: int,
+    ) -> None:
         self._work_dir = work_dir
+        self._storage = storage
+        self._num_warm_ranks = num_warm_ranks
+        self._pool = SupervisorPool(num_warm_supervisors)
+        # Those that attempts were given to, and those that their markers name.
+        self._supervisors: dict[tuple[str, int], NamedSupervisor] = {}
         self._reads: dict[tuple[str, int], _Read] = {}
         self._agents: dict[str, _Agent] = {}
         options: dict[str, Any] = {} if node_ip is None else {"_node_ip_address": node_ip}
@@ -60,11 +81,14 @@ class RayCluster:
     def nodes(self) -> tuple[Node, ...]:
         """Return the nodes that can run a rank: alive, with CPUs, and with a forkserver that is ready.
 
-        Each node gets an agent, and with it a forkserver, as soon as it is seen.
+        Each node gets an agent, and with it a forkserver, as soon as it is seen. Called about once a second, it also
+        sees that supervisors and rank actors wait for attempts.
         """
         try:
             found = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
             self._agents = {node["NodeID"]: self._agent(node["NodeID"]) for node in found}
+            if any(agent.is_ready for agent in self._agents.values()):
+                self._pool.keep_up()
         except RayError as error:
             raise Unavailable(f"Ray does not answer: {error}") from error
         return tuple(
@@ -83,21 +107,11 @@ class RayCluster:
 
     def launch(self, launch: Launch) -> None:
         """Start the supervisor of an attempt, without waiting for it; starting it twice has no second effect."""
+        key = (launch.job_id, launch.attempt)
         try:
-            supervisor: Any = (
-                ray.remote(Supervisor)
-                .options(
-                    name=supervisor_name(launch.job_id, launch.attempt),
-                    namespace=NAMESPACE,
-                    lifetime="detached",
-                    get_if_exists=True,
-                    num_cpus=0,
-                    max_restarts=0,
-                    max_concurrency=1000,
-                )
-                .remote(launch)
-            )
-            supervisor.run.remote()
+            if key not in self._supervisors:
+                self._supervisors[key] = self._pool.take()
+            self._supervisors[key].actor.assign.remote(launch)
         except RayError as error:
             raise Unavailable(f"Ray did not take the supervisor: {error}") from error
 
@@ -107,12 +121,14 @@ class RayCluster:
         read = self._reads.get(key)
         if read is None or read.after != after:
             try:
-                supervisor = ray.get_actor(supervisor_name(job_id, attempt), namespace=NAMESPACE)
-            except ValueError:
-                return JournalPage(state=SupervisorState.GONE, records=())
-            except RayError:
+                supervisor = self._supervisor(job_id, attempt)
+            except (RayError, OSError, ServiceError) as error:
+                logger.warning("It is not known who supervises %s attempt %d: %s", job_id, attempt, error)
                 return JournalPage(state=SupervisorState.UNREACHABLE, records=())
-            read = self._reads[key] = _Read(after=after, reference=supervisor.read.remote(after, REST_S))
+            if supervisor is None:
+                return JournalPage(state=SupervisorState.GONE, records=())
+            reference = supervisor.actor.read.remote(job_id, attempt, after, REST_S)
+            read = self._reads[key] = _Read(after=after, supervisor=supervisor, reference=reference)
         done, _ = ray.wait([read.reference], timeout=LOOK_S)
         if not done:
             if read.age_s() <= REST_S + PATIENCE_S:
@@ -121,47 +137,94 @@ class RayCluster:
             return JournalPage(state=SupervisorState.UNREACHABLE, records=())
         del self._reads[key]
         try:
-            records: Sequence[JournalRecord] = ray.get(read.reference)
+            records: Sequence[JournalRecord] | None = ray.get(read.reference)
         except (ActorUnavailableError, GetTimeoutError):
             return JournalPage(state=SupervisorState.UNREACHABLE, records=())
         except RayActorError:
-            return JournalPage(state=SupervisorState.GONE, records=())
+            return self._not_there(key, read.supervisor)
         except RayError:
             logger.exception("The supervisor of %s attempt %d could not answer", job_id, attempt)
             return JournalPage(state=SupervisorState.UNREACHABLE, records=())
+        if records is None:
+            self._pool.give_back(read.supervisor, job_id, attempt)
+            return self._not_there(key, read.supervisor)
         return JournalPage(state=SupervisorState.ALIVE, records=tuple(records))
 
     def stop(self, job_id: str, attempt: int, reason: Reason) -> None:
         """Ask an attempt for a checkpoint and an end; does not wait."""
-        try:
-            ray.get_actor(supervisor_name(job_id, attempt), namespace=NAMESPACE).stop.remote(reason)
-        except (ValueError, RayError):
-            return  # gone or unreachable: the next read says which
+        with suppress(RayError, OSError, ServiceError):  # gone or unreachable: the next read says which
+            supervisor = self._supervisor(job_id, attempt)
+            if supervisor is not None:
+                supervisor.actor.stop.remote(job_id, attempt, reason)
 
     def close(self, job_id: str, attempt: int) -> None:
         """Release what is left of an attempt whose end has been recorded: its supervisor and placement group."""
         self._reads.pop((job_id, attempt), None)
-        try:
-            ray.kill(ray.get_actor(supervisor_name(job_id, attempt), namespace=NAMESPACE))
-        except (ValueError, RayError):
-            return  # gone already
+        with suppress(RayError, OSError, ServiceError):  # gone already
+            supervisor = self._supervisor(job_id, attempt)
+            self._supervisors.pop((job_id, attempt), None)
+            if supervisor is not None:
+                self._pool.give_back(supervisor, job_id, attempt)
 
-    def supervised(self) -> tuple[tuple[str, int], ...]:
-        """Return job and attempt of every supervisor that has a name in the cluster."""
+    def supervisors(self) -> tuple[str, ...]:
+        """Return the names of all supervisors in the cluster, those that wait for an attempt among them."""
         try:
-            names = [entry["name"] for entry in list_named_actors(all_namespaces=True)]
+            names = [str(entry["name"]) for entry in list_named_actors(all_namespaces=True)]
         except RayError as error:
             raise Unavailable(f"Ray does not answer: {error}") from error
-        return tuple(found for found in map(parse_supervisor_name, names) if found is not None)
+        return tuple(filter(is_supervisor_name, names))
+
+    def close_all_but(self, attempts: Collection[tuple[str, int]], supervisors: Collection[str]) -> None:
+        """Close those of these supervisors that none of these attempts has, and that do not wait for one here."""
+        try:
+            kept = {read_launch_marker(self._storage, job_id, attempt) for job_id, attempt in attempts}
+            kept |= {supervisor.name for key, supervisor in self._supervisors.items() if key in attempts}
+            for name in set(supervisors) - kept - self._pool.names:
+                with suppress(ValueError):  # gone by now
+                    ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+        except (RayError, OSError, ServiceError) as error:
+            raise Unavailable(f"Ray or run storage does not answer: {error}") from error
 
     def disconnect(self) -> None:
-        """Leave the cluster; what is detached runs on."""
+        """Leave the cluster; supervisors that have an attempt run on."""
+        with suppress(RayError):
+            self._pool.close()
         ray.shutdown()
+
+    def _supervisor(self, job_id: str, attempt: int) -> NamedSupervisor | None:
+        """Return an attempt's supervisor, whether or not it lives; None if there is none, or none any more.
+
+        Raises:
+            RayError: Ray does not answer.
+            OSError: run storage does not answer.
+        """
+        known = self._supervisors.get((job_id, attempt))
+        if known is not None:
+            return known
+        name = read_launch_marker(self._storage, job_id, attempt)
+        try:
+            actor = None if name is None else ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:
+            return None
+        if name is None:
+            return None
+        found = self._supervisors[job_id, attempt] = NamedSupervisor(name=name, actor=actor)
+        return found
+
+    def _not_there(self, key: tuple[str, int], asked: NamedSupervisor) -> JournalPage:
+        """Tell what it means that a supervisor does not have an attempt, or has died: another one may have it."""
+        self._supervisors.pop(key, None)
+        try:
+            owner = read_launch_marker(self._storage, *key)
+        except (OSError, ServiceError):
+            return JournalPage(state=SupervisorState.UNREACHABLE, records=())
+        is_gone = owner is None or owner == asked.name
+        return JournalPage(state=SupervisorState.GONE if is_gone else SupervisorState.UNREACHABLE, records=())
 
     def _agent(self, node_id: str) -> "_Agent":
         agent = self._agents.get(node_id)
         if agent is None or not agent.look():
-            agent = _Agent(_start_agent(node_id, self._work_dir))
+            agent = _Agent(_start_agent(node_id, self._work_dir, self._num_warm_ranks))
         return agent
 
 
@@ -174,7 +237,7 @@ class _Agent:
 
     def __init__(self, handle: Any) -> None:  # noqa: ANN401 - Ray's handles are untyped
         self._handle = handle
-        self._answer = handle.forkserver.remote()
+        self._answer = handle.keep_up.remote()
         self.is_ready = False
 
     def look(self) -> bool:
@@ -188,11 +251,11 @@ class _Agent:
             except RayError:
                 logger.exception("A node's forkserver did not start; it will be tried again")
                 return False
-            self._answer = self._handle.forkserver.remote()
+            self._answer = self._handle.keep_up.remote()
         return True
 
 
-def _start_agent(node_id: str, work_dir: str) -> Any:  # noqa: ANN401
+def _start_agent(node_id: str, work_dir: str, num_warm_ranks: int) -> Any:  # noqa: ANN401
     return (
         ray.remote(NodeAgent)
         .options(
@@ -205,5 +268,5 @@ def _start_agent(node_id: str, work_dir: str) -> Any:  # noqa: ANN401
             max_task_retries=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         )
-        .remote(work_dir)
+        .remote(work_dir, num_warm_ranks)
     )

@@ -7,6 +7,7 @@ from typing import Any
 import ray
 
 from service.domain.journal import CheckpointWritten
+from service.domain.ports import Launch
 from service.domain.rank_protocol import FromRank
 
 # How long the last reports may take to arrive.
@@ -18,11 +19,13 @@ class ReportSender:
 
     Args:
         supervisor: handle of the actor that takes the reports.
+        launch: the attempt.
         rank: whose they are.
     """
 
-    def __init__(self, supervisor: Any, rank: int) -> None:  # noqa: ANN401 - Ray's handles are untyped
+    def __init__(self, supervisor: Any, launch: Launch, rank: int) -> None:  # noqa: ANN401 - Ray's handles are untyped
         self._supervisor = supervisor
+        self._launch = launch
         self._rank = rank
         self._under_way: list[Any] = []
         self._sending = threading.Lock()
@@ -34,7 +37,9 @@ class ReportSender:
         with self._sending:  # checkpoints are reported from the thread that uploads them
             if self._under_way:
                 self._under_way = ray.wait(self._under_way, num_returns=len(self._under_way), timeout=0)[1]
-            self._under_way.append(self._supervisor.report.remote(self._rank, list(reports)))
+            self._under_way.append(
+                self._supervisor.report.remote(self._launch.job_id, self._launch.attempt, self._rank, list(reports))
+            )
 
     def arrive(self) -> None:
         """Wait until everything has arrived.

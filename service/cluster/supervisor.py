@@ -1,22 +1,21 @@
-"""The detached actor that owns one attempt: its placement group, its ranks and its journal."""
+"""What owns one attempt, in a supervisor's actor: its placement group, its ranks and its journal."""
 
 import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TypeVar
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from service.cluster.attempt_end import RankFailure, judge
+from service.cluster.gang import Gang
 from service.cluster.journal import Journal
-from service.cluster.rank_actor import RankActor, RankPlace
+from service.cluster.launch_marker import take_launch_marker
 from service.cluster.rank_end import RankEnd
 from service.domain.errors import CorruptCheckpoint, ServiceError, UserCodeRefused
 from service.domain.job import Checkpoint, Failure, Origin, Outcome, Reason
@@ -27,7 +26,6 @@ from service.domain.journal import (
     JournalRecord,
     Launched,
     Metrics,
-    Placed,
     Resumed,
     Running,
     Warned,
@@ -37,7 +35,6 @@ from service.domain.rank_protocol import Stepped
 from service.domain.uploads import brings_something
 from service.storage.checkpoints import fetch_checkpoint
 from service.storage.journal_file import JournalWriter
-from service.storage.layout import launch_marker
 from service.storage.object_store import ObjectStore
 
 # After one rank failed, how long its peers may take to say what they saw, so that the cause is told from its effects.
@@ -48,6 +45,8 @@ KILL_TIMEOUT_S = 20.0
 VERDICT_TIMEOUT_S = 120.0
 VERDICT_RETRY_S = 1.0
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 
@@ -56,15 +55,20 @@ class Supervisor:
 
     Args:
         launch: what to run.
+        name: of the actor, for the launch marker.
+
+    Attributes:
+        over: set once the attempt's ranks have been given back.
     """
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch, name: str) -> None:
+        self.over = asyncio.Event()
         self._launch = launch
+        self._name = name
         self._store = ObjectStore(launch.storage_url)
         self._journal = Journal(JournalWriter(self._store, launch.job_id, launch.attempt))
-        self._group: PlacementGroup | None = None
-        self._ranks: list[Any] = []
-        self._is_started = False
+        self._gang = Gang(launch)
+        self._clear: set[int] = set()
         self._is_running = False
         self._stepped: set[int] = set()
         self._step = 0
@@ -72,13 +76,17 @@ class Supervisor:
         self._stop_asked = asyncio.Event()
         self._unavailable: set[int] = set()
 
-    async def run(self) -> None:
-        """Run the attempt; returns after its last record is durable. Once per attempt, whoever asks again."""
-        if self._is_started:
-            return
-        self._is_started = True
-        if not await self._take_launch_marker():
-            ray.actor.exit_actor()
+    async def run(self) -> bool:
+        """Run the attempt; returns after its last record is durable. False if another supervisor has it."""
+        try:
+            if not await self._take_launch_marker():
+                return False
+            await self._run()
+        finally:
+            self.over.set()
+        return True
+
+    async def _run(self) -> None:
         async with self._journal.flushing():
             self._journal.add(Launched(supervisor_pid=os.getpid()))
             try:
@@ -95,16 +103,17 @@ class Supervisor:
                 message = f"The supervisor failed: {type(error).__name__}: {error}"
                 ended = Ended(outcome=Outcome.LOST, reason=Reason.SUPERVISOR_LOST, message=message, step=self._step)
             try:
-                await self._release()
+                await self._gang.release(self._clear)
             finally:
                 self._journal.add(ended)
 
     async def _take_launch_marker(self) -> bool:
         """Take the attempt's launch marker; False if another supervisor has, or if storage refuses it."""
-        marker = launch_marker(self._launch.job_id, self._launch.attempt)
         try:
             await asyncio.to_thread(self._store.check_identity, self._launch.storage_id)
-            return await asyncio.to_thread(self._store.create_exclusively, marker, str(os.getpid()).encode())
+            return await asyncio.to_thread(
+                take_launch_marker, self._store, self._launch.job_id, self._launch.attempt, self._name
+            )
         except (OSError, ServiceError):
             logger.exception("The launch marker could not be written")
             return False
@@ -124,7 +133,7 @@ class Supervisor:
         for report in reports:
             if isinstance(report, Stepped):
                 self._stepped.add(rank)
-                if len(self._stepped) == len(self._ranks) and not self._is_running:
+                if len(self._stepped) == len(self._launch.node_ids) and not self._is_running:
                     self._is_running = True
                     self._journal.add(Running(num_steps=report.num_steps))
                 continue
@@ -138,7 +147,7 @@ class Supervisor:
             return self._cannot_begin(self._launch.forked_from)
         self._step = 0 if checkpoint is None else checkpoint.step
         self._journal.add(Resumed(step=self._step))
-        starting = asyncio.create_task(self._start_ranks(checkpoint))
+        starting = asyncio.create_task(self._gang.start(checkpoint, timeout_s=self._start_timeout_s))
         stop_asked = asyncio.create_task(self._stop_asked.wait())
         await asyncio.wait({starting, stop_asked}, timeout=self._start_timeout_s, return_when=asyncio.FIRST_COMPLETED)
         stop_asked.cancel()
@@ -148,10 +157,8 @@ class Supervisor:
                 raise TimeoutError
             message = "Stopped before every rank had a process."
             return Ended(outcome=Outcome.STOPPED, reason=self._stop_reason, message=message, step=self._step)
-        starting.result()
-        runs: dict[asyncio.Task[RankEnd], int] = {
-            asyncio.create_task(_await(actor.run.remote())): rank for rank, actor in enumerate(self._ranks)
-        }
+        self._journal.add(starting.result())
+        runs = {asyncio.create_task(_await(end)): rank for rank, end in enumerate(self._gang.run())}
         stopper = asyncio.create_task(self._stop_ranks_when_asked())
         ends: dict[int, RankEnd] = {}
         failures: list[RankFailure] = []
@@ -163,7 +170,7 @@ class Supervisor:
             done, pending = await asyncio.wait(pending, timeout=PEER_REPORT_S)
             self._collect(done, runs, ends, failures)
         if pending:
-            await self._kill_ranks()
+            self._gang.kill()
             done, pending = await asyncio.wait(pending, timeout=KILL_TIMEOUT_S)
             self._collect(done, runs, ends, failures)
         stopper.cancel()
@@ -213,50 +220,11 @@ class Supervisor:
                     return checkpoint
         return None
 
-    async def _start_ranks(self, checkpoint: Checkpoint | None) -> None:
-        resources = self._launch.spec.resources
-        bundle: dict[str, float] = {"CPU": resources.cpus_per_rank}
-        if resources.gpus_per_rank:
-            bundle["GPU"] = resources.gpus_per_rank
-        if resources.memory_bytes_per_rank:
-            bundle["memory"] = resources.memory_bytes_per_rank
-        node_ids = self._launch.node_ids
-        self._group = placement_group(
-            [bundle] * len(node_ids), bundle_label_selector=[{"ray.io/node-id": node_id} for node_id in node_ids]
-        )
-        await _await(self._group.ready())
-        this = ray.get_runtime_context().current_actor
-        rank_class = ray.remote(RankActor)
-        self._ranks = [
-            rank_class.options(
-                num_cpus=bundle["CPU"],
-                num_gpus=bundle.get("GPU", 0),
-                memory=bundle.get("memory"),
-                max_concurrency=3,
-                max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
-            ).remote(self._launch, rank, this)
-            for rank in range(len(node_ids))
-        ]
-        await asyncio.gather(*(_await(actor.prepare.remote()) for actor in self._ranks))
-        places: list[RankPlace] = await asyncio.gather(*(_await(actor.place.remote()) for actor in self._ranks))
-        port: int = await _await(self._ranks[0].open_rendezvous.remote())
-        pids: list[int] = await asyncio.gather(
-            *(_await(actor.start.remote(places[0].address, port, checkpoint)) for actor in self._ranks)
-        )
-        self._journal.add(Placed(node_ids=tuple(place.node_id for place in places), pids=tuple(pids)))
-
     async def _stop_ranks_when_asked(self) -> None:
         await self._stop_asked.wait()
-        for actor in self._ranks:
-            actor.stop.remote()
+        self._gang.stop()
         await asyncio.sleep(self._launch.stop_grace_s)
-        await self._kill_ranks()
-
-    async def _kill_ranks(self) -> None:
-        """Kill every training process; the runs of their actors return once the processes are gone."""
-        for actor in self._ranks:
-            actor.kill.remote()
+        self._gang.kill()
 
     def _collect(
         self,
@@ -270,6 +238,8 @@ class Supervisor:
             error = future.exception()
             if error is None:
                 ends[rank] = future.result()
+                if ends[rank].is_clear:
+                    self._clear.add(rank)
                 if not ends[rank].is_clean:
                     failures.append(RankFailure.of_process(rank, ends[rank]))
             elif isinstance(error, ActorUnavailableError):
@@ -290,7 +260,7 @@ class Supervisor:
         node_id = self._launch.node_ids[rank]
         while (left_s := deadline - time.monotonic()) > 0:
             try:
-                await asyncio.wait_for(_await(self._ranks[rank].kill.remote()), left_s)
+                await asyncio.wait_for(_await(self._gang.kill_rank(rank)), left_s)
             except ActorUnavailableError:
                 await asyncio.sleep(VERDICT_RETRY_S)
             except RayActorError:
@@ -301,15 +271,8 @@ class Supervisor:
                 return None
         return RankFailure.of_unreachable(rank, node_id)
 
-    async def _release(self) -> None:
-        """Give the resources back; the processes go with their actors."""
-        for actor in self._ranks:
-            ray.kill(actor)
-        if self._group is not None:
-            remove_placement_group(self._group)
 
-
-async def _await(reference: Any) -> Any:  # noqa: ANN401 - Ray's references are untyped
+async def _await(reference: Awaitable[T]) -> T:
     return await reference
 
 

@@ -1,6 +1,6 @@
 """What the parts need of each other. One contract suite per port runs on every implementation, fakes included."""
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
@@ -590,8 +590,12 @@ class Cluster(Protocol):
         """Release what is left of an attempt whose end has been recorded: its supervisor and placement group."""
         ...
 
-    def supervised(self) -> tuple[tuple[str, int], ...]:
-        """Return job and attempt of every supervisor in the cluster. Raises ``Unavailable``."""
+    def supervisors(self) -> tuple[str, ...]:
+        """Return the names of all supervisors in the cluster. Raises ``Unavailable``."""
+        ...
+
+    def close_all_but(self, attempts: Collection[tuple[str, int]], supervisors: Collection[str]) -> None:
+        """Close those of these supervisors that have none of these attempts (job, number). Raises ``Unavailable``."""
         ...
 
 

@@ -127,6 +127,8 @@ class AttemptFollower:
     def _follow_without_supervisor(self, lease: Lease, live: LiveAttempt) -> None:
         job_id, number = live.job.id, live.attempt.number
         if self._files.was_launched(job_id, number):
+            if self._cluster.read(job_id, number, after=live.attempt.last_sequence).state is not SupervisorState.GONE:
+                return  # it was launched after the look that did not find it
             records = tuple(self._files.journal(job_id, number, after=live.attempt.last_sequence))
             if not records or not self._take(lease, live, records):
                 failure = Failure(error_type="SupervisorDied", message="The supervisor of the attempt died.")

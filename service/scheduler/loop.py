@@ -148,13 +148,11 @@ class Scheduler:
 
     def _close_forgotten(self) -> None:
         """Close supervisors whose attempts were sealed by a leader that died before it could."""
-        # In this order: an attempt has its row before it has a supervisor, so what is supervised now and has no live
-        # row later is sealed, even if this process was stopped in between and another leads by now.
-        supervised = self._cluster.supervised()
+        # In this order: an attempt has its row before it has a supervisor, so whoever supervises now and has no live
+        # row later is forgotten, even if this process was stopped in between and another leads by now.
+        supervisors = self._cluster.supervisors()
         live = {(entry.job.id, entry.attempt.number) for entry in self._store.live_attempts()}
-        for job_id, attempt in supervised:
-            if (job_id, attempt) not in live:
-                self._cluster.close(job_id, attempt)
+        self._cluster.close_all_but(live, supervisors)
 
     def _observe_nodes(self, lease: Lease) -> None:
         now = time.monotonic()

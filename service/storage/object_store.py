@@ -1,5 +1,6 @@
 """Bytes under paths below one root: a local directory or an object store, through fsspec."""
 
+import errno
 import os
 import shutil
 import uuid
@@ -13,6 +14,7 @@ from service.domain.errors import NotFound, StorageError
 from service.storage.refusals import is_beyond_the_end, refusals_of
 
 IDENTITY = "storage-id"
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS})
 # Where fsspec's ``mode="create"`` is one conditional request, which one of two racing writers wins.
 _CONDITIONAL = frozenset({"abfs", "abfss", "az", "gcs", "gs", "s3", "s3a"})
 _FOR_TESTS = frozenset({"memory"})  # of one process
@@ -56,26 +58,39 @@ class ObjectStore:
     def create_exclusively(self, path: str, data: bytes) -> bool:
         """Create a file; False if it is there already.
 
-        Of writers that race for it, one creates it: by ``O_EXCL`` locally, by a conditional request on an object store
-        (``If-None-Match: *``). There, False may also say that an earlier try of this very call got through while its
-        answer was lost; nobody else has created it then.
+        Of writers that race for it, one creates it: by a hard link locally, by a conditional request on an object store
+        (``If-None-Match: *``). A reader sees the whole content or no file. On an object store, False may also say that
+        an earlier try of this very call got through while its answer was lost; nobody else has created it then.
         """
         if self.is_local:
-            target = self.local_path(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with target.open("xb") as file:
-                    file.write(data)
-                    os.fsync(file.fileno())
-            except FileExistsError:
-                return False
-            _sync_directory(target.parent)
-            return True
+            return self._create_local(self.local_path(path), data)
         try:
             with refusals_of(self.url, path):
                 self._fs.pipe_file(self._full(path), data, mode="create")
         except FileExistsError:
             return False
+        return True
+
+    def _create_local(self, target: Path, data: bytes) -> bool:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+        try:
+            with temporary.open("xb", buffering=0) as file:
+                _write_all(file.fileno(), data)
+                os.fsync(file.fileno())
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in _NO_HARD_LINKS:
+                raise StorageError(
+                    f"Run storage at {self.url} lies on a file system without hard links ({error}). Use another one, "
+                    "or the URL of an object store."
+                ) from error
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_directory(target.parent)
         return True
 
     def write(self, path: str, data: bytes) -> None:

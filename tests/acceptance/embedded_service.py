@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,11 @@ class ServiceUnderTest:
         launched = [event for event in self.events(job_id, "launched") if event["attempt"] == attempt]
         return int(launched[0]["data"]["supervisor_pid"])
 
+    def rank_actor_pid(self, job_id: str) -> int:
+        """One of those that hold the job's directory on this node; others wait for a job."""
+        holds = f"/node/.*/{job_id}/[0-9]+/rank-[0-9]+$"
+        return min(process.pid for process in self.processes() if _has_open(process.pid, holds))
+
     def pid_by_title(self, beginning: str) -> int:
         """The first process of this service whose title, as Ray sets it, begins so."""
         return min(process.pid for process in self.processes() if "".join(process.cmdline()).startswith(beginning))
@@ -164,6 +171,13 @@ class EmbeddedServiceProcess(ServiceUnderTest):
             assert not session.exists(), f"Ray's session is left in {session}"
         wait_until(lambda: not self.processes(), 10, lambda: f"left behind: {self.processes()}")
         return status
+
+
+def _has_open(pid: int, pattern: str) -> bool:
+    paths = []
+    with suppress(FileNotFoundError):  # it has ended, or closed one
+        paths = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+    return any(re.search(pattern, path) for path in paths)
 
 
 def marked_processes(marker: str) -> list[psutil.Process]:

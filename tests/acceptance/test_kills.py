@@ -47,7 +47,7 @@ def test_kill_minus_9(service: EmbeddedServiceProcess, undisturbed: dict[str, by
         "api": lambda: service.child_pid("api"),
         "scheduler": lambda: service.child_pid("scheduler"),
         "supervisor": lambda: service.supervisor_pid(job_id),
-        "rank actor": lambda: service.pid_by_title("ray::RankActor"),
+        "rank actor": lambda: service.rank_actor_pid(job_id),
         "training": lambda: training_pids[1],
         "forkserver": lambda: psutil.Process(training_pids[0]).ppid(),
         "node agent": lambda: psutil.Process(psutil.Process(training_pids[0]).ppid()).ppid(),
@@ -81,7 +81,7 @@ def test_kill_minus_9(service: EmbeddedServiceProcess, undisturbed: dict[str, by
 def test_what_a_rank_printed_last_outlives_its_actor(service: EmbeddedServiceProcess) -> None:
     job_id = service.submit(digits_job(steps=NUM_STEPS, retry={"budget": 0}))
     service.wait_for_step(job_id, 1)
-    actor = service.pid_by_title("ray::RankActor")
+    actor = service.rank_actor_pid(job_id)
     os.kill(actor, signal.SIGSTOP)  # it ships nothing more
     for log in service.data_dir.glob(f"node/*/{job_id}/1/rank-*/output.log"):
         with log.open("ab") as file:

@@ -29,6 +29,7 @@ from tests.integration.cluster.forking import DEADLINE_S, ENTRY, ROOT, Owner
 from tests.unit.cluster.test_requirements import wheel
 
 SECRETS = ("SYNCBN_TOKEN", "SYNCBN_DATABASE_URL", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "AWS_SECRET_ACCESS_KEY")
+RANK = 1  # not the first, which would listen for others
 SPY = b"""
 import os, subprocess, sys
 from pathlib import Path
@@ -108,7 +109,7 @@ def agent(tmp_path, monkeypatch):
         return started[-1]
 
     monkeypatch.setattr(node_agent.subprocess, "Popen", remember)
-    agent = NodeAgent(str(tmp_path / "work"))
+    agent = NodeAgent(str(tmp_path / "work"), num_warm_ranks=0)
     monkeypatch.setattr(node_agent.subprocess, "Popen", popen)
     yield agent
     for process in started:
@@ -117,11 +118,11 @@ def agent(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def actor_of(agent, monkeypatch):
-    """Builds rank actors as Ray would, without Ray."""
+def make_actor(agent, monkeypatch):
+    """Makes rank actors as Ray would, without Ray."""
     monkeypatch.setattr(rank_actor.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     monkeypatch.setattr(RankActor, "_find_forkserver", lambda self: agent.forkserver())
-    return lambda launch: RankActor(launch, 0, None)
+    return RankActor
 
 
 def tiny_wheel(tmp_path):
@@ -168,10 +169,10 @@ def test_ranks_of_a_node_share_one_bundle_and_one_installation(store, bring, lau
     assert not first.packages_dir.exists()
 
 
-def test_brought_code_sees_no_secret_of_the_service_of_ray_or_of_storage(bring, launch_of, actor_of, agent, tmp_path):
+def test_brought_code_sees_no_secret_of_the_service_of_ray_or_of_storage(bring, launch_of, make_actor, agent, tmp_path):
     launch = launch_of(code={"bundle": bring(with_requirements(tmp_path)), "requirements": True})
-    actor = actor_of(launch)
-    actor.prepare()
+    actor = make_actor()
+    actor.prepare(launch, RANK, None)
     brought = actor._preparation
     task = RankTask(
         job_id="job", attempt=1, spec=launch.spec, rank=0, world_size=1, rendezvous_host="", rendezvous_port=1,
@@ -190,9 +191,9 @@ def test_brought_code_sees_no_secret_of_the_service_of_ray_or_of_storage(bring, 
     assert os.environ["SYNCBN_TOKEN"] == "s3cret"
     # Nothing was written beside the code: another rank takes it as it is.
     assert not list(brought.code_dir.rglob("__pycache__"))
-    other = actor_of(launch)
     actor._directory.remove()
-    other.prepare()
+    other = make_actor()
+    other.prepare(launch, RANK, None)
     assert other._preparation.code_dir == brought.code_dir
 
 
@@ -204,35 +205,35 @@ def test_brought_code_sees_no_secret_of_the_service_of_ray_or_of_storage(bring, 
         ({"requirements.txt": b"--no-index\nabsent-thing\n"}, True, "cannot be installed"),
     ],
 )
-def test_a_refusal_names_the_remedy_and_its_log_is_kept(bring, launch_of, actor_of, store, files, requirements, part):
-    actor = actor_of(launch_of(code={"bundle": bring(files), "requirements": requirements}))
+def test_a_refusal_names_the_remedy_and_its_log_is_kept(bring, launch_of, make_actor, store, files, requirements, part):
+    launch = launch_of(code={"bundle": bring(files), "requirements": requirements})
     with pytest.raises(UserCodeRefused, match=part):
-        actor.prepare()
-    log = read_sequence(store, log_dir("job", 1, 0), 0).decode()
+        make_actor().prepare(launch, RANK, None)
+    log = read_sequence(store, log_dir("job", 1, RANK), 0).decode()
     assert ("ERROR: " in log) == (part == "cannot be installed")
 
 
 def test_what_could_not_be_installed_this_time_is_no_refusal_and_its_log_is_kept(
-    bring, launch_of, actor_of, store, monkeypatch
+    bring, launch_of, make_actor, store, monkeypatch
 ):
     monkeypatch.setenv("SYNCBN_PASS_ENVIRONMENT", "PIP_RETRIES")
     monkeypatch.setenv("PIP_RETRIES", "0")
     # A name that no network resolves.
     lines = b"--index-url https://index.invalid/simple\ntiny\n"
-    actor = actor_of(launch_of(code={"bundle": bring({"requirements.txt": lines}), "requirements": True}))
+    launch = launch_of(code={"bundle": bring({"requirements.txt": lines}), "requirements": True})
     with pytest.raises(OSError, match="cannot be installed"):
-        actor.prepare()
-    assert "ERROR: " in read_sequence(store, log_dir("job", 1, 0), 0).decode()
+        make_actor().prepare(launch, RANK, None)
+    assert "ERROR: " in read_sequence(store, log_dir("job", 1, RANK), 0).decode()
 
 
-def test_a_bundle_that_is_gone_is_a_refusal(launch_of, actor_of):
+def test_a_bundle_that_is_gone_is_a_refusal(launch_of, make_actor):
     with pytest.raises(UserCodeRefused, match="syncbn bundle"):
-        actor_of(launch_of(code={"bundle": "0" * 64})).prepare()
+        make_actor().prepare(launch_of(code={"bundle": "0" * 64}), RANK, None)
 
 
-def test_a_job_that_brings_nothing_is_prepared_at_once(launch_of, actor_of, agent):
-    actor = actor_of(launch_of())
-    actor.prepare()
+def test_a_job_that_brings_nothing_is_prepared_at_once(launch_of, make_actor, agent):
+    actor = make_actor()
+    actor.prepare(launch_of(), RANK, None)
     assert (actor._preparation.code_dir, actor._preparation.packages_dir, actor._preparation.uploads) == (
         None,
         None,

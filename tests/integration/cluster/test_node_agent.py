@@ -32,7 +32,7 @@ def start_agent(tmp_path, monkeypatch):
         return started[-1]
 
     monkeypatch.setattr(node_agent.subprocess, "Popen", remember)
-    yield lambda: NodeAgent(str(tmp_path / "work"))
+    yield lambda: NodeAgent(str(tmp_path / "work"), num_warm_ranks=0)
     for process in started:
         process.kill()
         process.wait(DEADLINE_S)

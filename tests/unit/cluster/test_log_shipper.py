@@ -9,7 +9,6 @@ import pytest
 
 from service.cluster import log_shipper
 from service.cluster.log_shipper import LogShipper
-from service.cluster.names import node_agent_name, parse_supervisor_name, supervisor_name
 from service.storage.object_store import ObjectStore
 from service.storage.segments import SegmentWriter, read_kept, read_sequence
 
@@ -145,10 +144,3 @@ def test_finishing_says_that_storage_did_not_take_the_rest(store, path, monkeypa
     monkeypatch.setattr(store, "append", refuse)
     path.write_bytes(b"line\n")
     assert not log_shipper.ShippingThread(LogShipper(path, SegmentWriter(store, "logs"))).finish()
-
-
-def test_the_name_of_a_supervisor_says_whose_it_is():
-    assert parse_supervisor_name(supervisor_name("job-01", 12)) == ("job-01", 12)
-    assert parse_supervisor_name(supervisor_name("a/b", 3)) == ("a/b", 3)
-    for name in (node_agent_name("abc"), "", "supervisor", "supervisor/x", "supervisor/x/-1", "other/x/1"):
-        assert parse_supervisor_name(name) is None

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from service.cluster.node_agent import training_environment
 from service.cluster.requirements import Requirements, install_requirements, installed, read_requirements
+from service.cluster.training_environment import training_environment
 from service.domain.errors import UserCodeRefused
 from tests.archives import make_zip
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from ray.exceptions import RayError, RayTaskError
 
-from service.cluster import supervisor as supervisor_module
+from service.cluster.launch_marker import read_launch_marker
 from service.cluster.supervisor import Supervisor
 from service.domain.errors import StorageError, UserCodeRefused
 from service.domain.job import Checkpoint, Origin, Outcome, Reason
@@ -23,16 +23,8 @@ from service.storage.object_store import ObjectStore
 DONE = Ended(outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, message="All steps are done.", step=3)
 
 
-class ActorExit(BaseException):
-    """Stands in for what Ray raises to end an actor."""
-
-
 @pytest.fixture
-def supervisor(tmp_path, monkeypatch):
-    def end():
-        raise ActorExit
-
-    monkeypatch.setattr(supervisor_module.ray.actor, "exit_actor", end)
+def supervisor(tmp_path):
     spec = parse_spec(
         {
             "name": "digits",
@@ -55,7 +47,7 @@ def supervisor(tmp_path, monkeypatch):
         start_timeout_s=1.0,
         stop_grace_s=1.0,
     )
-    return Supervisor(launch)
+    return Supervisor(launch, "supervisor/one")
 
 
 @pytest.fixture
@@ -72,43 +64,40 @@ def _gang(result):
     return run_gang
 
 
+def _raising(error):
+    async def release(_ended):
+        raise error
+
+    return release
+
+
 def _reports(store):
     return [record.report for record in read_journal(store, "job", 1, after=0)]
 
 
 def test_an_attempt_begins_with_its_launch_and_ends_with_its_end(supervisor, store, monkeypatch):
     monkeypatch.setattr(supervisor, "_run_gang", _gang(DONE))
-    asyncio.run(supervisor.run())
+    assert asyncio.run(supervisor.run())
     first, last = _reports(store)
     assert isinstance(first, Launched)
     assert last == DONE
-    assert store.exists(launch_marker("job", 1))
-
-
-def test_an_attempt_runs_once_whoever_asks_again(supervisor, store, monkeypatch):
-    monkeypatch.setattr(supervisor, "_run_gang", _gang(DONE))
-
-    async def twice():
-        await asyncio.gather(supervisor.run(), supervisor.run())
-
-    asyncio.run(twice())
-    assert len(_reports(store)) == 2
+    assert supervisor.over.is_set()
+    assert read_launch_marker(store, "job", 1) == "supervisor/one"
 
 
 def test_a_second_supervisor_of_an_attempt_refuses(supervisor, store):
     store.create_exclusively(launch_marker("job", 1), b"another")
-    with pytest.raises(ActorExit):
-        asyncio.run(supervisor.run())
+    assert not asyncio.run(supervisor.run())
+    assert supervisor.over.is_set()
     assert _reports(store) == []
 
 
-def test_a_supervisor_that_cannot_take_the_marker_ends_rather_than_fall_silent(supervisor, store, monkeypatch):
+def test_a_supervisor_that_cannot_take_the_marker_does_nothing(supervisor, store, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(supervisor._store, "create_exclusively", refuse)
-    with pytest.raises(ActorExit):
-        asyncio.run(supervisor.run())
+    assert not asyncio.run(supervisor.run())
     assert not store.exists(launch_marker("job", 1))
 
 
@@ -152,7 +141,7 @@ def test_a_job_that_brings_something_has_time_to_fetch_it(supervisor):
 
 def test_the_last_record_is_there_even_if_nothing_can_be_given_back(supervisor, store, monkeypatch):
     monkeypatch.setattr(supervisor, "_run_gang", _gang(DONE))
-    monkeypatch.setattr(supervisor, "_release", _gang(RayError("Ray is gone")))
+    monkeypatch.setattr(supervisor._gang, "release", _raising(RayError("Ray is gone")))
     with pytest.raises(RayError):
         asyncio.run(supervisor.run())
     assert _reports(store)[-1] == DONE
@@ -176,8 +165,6 @@ def test_the_end_is_readable_even_if_it_cannot_be_made_durable(supervisor, monke
 
 
 def test_running_means_that_every_rank_has_stepped(supervisor):
-    supervisor._ranks = [object(), object()]
-
     async def report():
         await supervisor.report(0, [Stepped(num_steps=3), Warned(message="slow", rank=0)])
         await supervisor.report(0, [Stepped(num_steps=3)])

@@ -1,0 +1,139 @@
+"""The supervisors of a scheduler that wait for an attempt."""
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from service.cluster.names import NAMESPACE, new_supervisor_name
+from service.cluster.supervisor_actor import RELEASE_TIMEOUT_S, SUPERVISOR_OPTIONS, Release, SupervisorActor
+
+# After an attempt was launched, how long the machine is left to it before another supervisor is warmed up.
+REFILL_AFTER_S = 1.0
+# How long more of them than are to wait may wait for other attempts.
+SURPLUS_S = 10.0
+# How long one that was told to leave its attempt usually takes, at most; starting another takes much longer.
+RETURN_S = 0.1
+# One that takes much longer than it says to leave an attempt has hung.
+PATIENCE_S = RELEASE_TIMEOUT_S + 5.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedSupervisor:
+    """A supervisor's actor.
+
+    Attributes:
+        name: of the actor.
+        actor: its handle.
+    """
+
+    name: str
+    actor: Any
+
+
+@dataclass(kw_only=True)
+class _Waiting:
+    """One without an attempt, and a reference that fails when it dies."""
+
+    supervisor: NamedSupervisor
+    death: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Returning:
+    """One that is asked to leave its attempt."""
+
+    supervisor: NamedSupervisor
+    answer: Any
+    asked_at: float = field(default_factory=time.monotonic)
+
+
+class SupervisorPool:
+    """Used by one thread.
+
+    Args:
+        size: how many are to wait.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._waiting: list[_Waiting] = []
+        self._returning: list[_Returning] = []
+        self._changed_at = time.monotonic() - REFILL_AFTER_S
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of those that wait, or will soon."""
+        return frozenset(supervisor.name for supervisor in self._all())
+
+    def take(self) -> NamedSupervisor:
+        """Return one that waits, or is just coming back, or else start one."""
+        if not self._waiting and self._returning:
+            ray.wait([entry.answer for entry in self._returning], timeout=RETURN_S)
+        self._settle()
+        self._changed_at = time.monotonic()
+        return self._waiting.pop(0).supervisor if self._waiting else _start()
+
+    def give_back(self, supervisor: NamedSupervisor, job_id: str, attempt: int) -> None:
+        """Take one back once it has left an attempt; if it cannot, it ends."""
+        self._changed_at = time.monotonic()
+        answer = supervisor.actor.release.remote(job_id, attempt)
+        self._returning.append(_Returning(supervisor=supervisor, answer=answer))
+
+    def keep_up(self) -> None:
+        """Start one more, or end those that are too many; call it about once a second."""
+        self._settle()
+        unchanged_s = time.monotonic() - self._changed_at
+        if len(self._waiting) + len(self._returning) < self._size and unchanged_s > REFILL_AFTER_S:
+            self._wait(_start())
+        elif unchanged_s > SURPLUS_S:
+            for entry in self._waiting[self._size :]:
+                ray.kill(entry.supervisor.actor)
+            del self._waiting[self._size :]
+
+    def close(self) -> None:
+        """End those that wait."""
+        for supervisor in self._all():
+            ray.kill(supervisor.actor)
+        self._waiting, self._returning = [], []
+
+    def _all(self) -> list[NamedSupervisor]:
+        return [entry.supervisor for entry in self._waiting] + [entry.supervisor for entry in self._returning]
+
+    def _wait(self, supervisor: NamedSupervisor) -> None:
+        self._waiting.append(_Waiting(supervisor=supervisor, death=supervisor.actor.until_dead.remote()))
+
+    def _settle(self) -> None:
+        """See who has come back, and who has died."""
+        self._waiting = [entry for entry in self._waiting if not ray.wait([entry.death], timeout=0)[0]]
+        returning, self._returning = self._returning, []
+        for entry in returning:
+            if ray.wait([entry.answer], timeout=0)[0]:
+                state = _state(entry.answer)
+                if state is Release.FREE:
+                    self._wait(entry.supervisor)
+                elif state is Release.SPENT:
+                    ray.kill(entry.supervisor.actor)
+            elif time.monotonic() - entry.asked_at > PATIENCE_S:
+                logger.warning("A supervisor does not leave its attempt and is ended")
+                ray.kill(entry.supervisor.actor)
+            else:
+                self._returning.append(entry)
+
+
+def _start() -> NamedSupervisor:
+    name = new_supervisor_name()
+    supervisor: Any = ray.remote(SupervisorActor).options(name=name, namespace=NAMESPACE, **SUPERVISOR_OPTIONS)
+    return NamedSupervisor(name=name, actor=supervisor.remote(name))
+
+
+def _state(answer: Any) -> Release:  # noqa: ANN401 - Ray's references are untyped
+    try:
+        return Release(ray.get(answer))
+    except RayError:
+        return Release.SPENT

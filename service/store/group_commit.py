@@ -11,6 +11,9 @@ from service.domain.errors import Unavailable
 MAX_GROUP = 256
 """Most requests of one transaction, so that none waits long for the others' statements."""
 
+MAX_WAITING = 4096
+"""Most requests that wait; while no commit gets through, more are refused at once."""
+
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 
@@ -36,6 +39,9 @@ class GroupCommit(Generic[Request, Result]):
         """Return the future of a request; cancelled before its turn, it has no effect."""
         future: Future[Result] = Future()
         with self._changed:
+            if len(self._waiting) >= MAX_WAITING:
+                future.set_exception(Unavailable(f"{MAX_WAITING} requests wait for the database already. Try again."))
+                return future
             self._waiting.append((request, future))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -74,7 +80,7 @@ class GroupCommit(Generic[Request, Result]):
             outcomes: Sequence[Result | Exception] = self._commit([request for request, _ in group])
         except Unavailable as error:
             # One exception for each: whoever raises it adds a traceback of his own.
-            outcomes = [Unavailable(error.message) for _ in group]
+            outcomes = [type(error)(error.message) for _ in group]
         except Exception as error:
             if len(group) > 1:
                 # One of them breaks the transaction: by itself, it breaks its own alone.

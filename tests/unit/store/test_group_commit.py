@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from service.domain.errors import Unavailable
-from service.store.group_commit import MAX_GROUP, GroupCommit
+from service.domain.errors import DiskFull, Unavailable
+from service.store.group_commit import MAX_GROUP, MAX_WAITING, GroupCommit
 
 
 class Ledger:
@@ -23,6 +23,8 @@ class Ledger:
         self.groups.append(list(requests))
         if "away" in requests:
             raise Unavailable("away")
+        if "full" in requests:
+            raise DiskFull("full")
         if "broken" in requests:
             raise RuntimeError("broken")
         return [ValueError(request) if request == "refused" else f"done {request}" for request in requests]
@@ -71,11 +73,13 @@ def test_one_that_breaks_its_transaction_breaks_its_own_alone(ledger, group):
     assert (before.result(timeout=10), after.result(timeout=10)) == ("done a", "done b")
 
 
-def test_without_a_database_all_are_told_so_at_once(ledger, group):
-    futures = put_together(ledger, group, "a", "away", "b")
+@pytest.mark.parametrize(("what", "kind"), [("away", Unavailable), ("full", DiskFull)])
+def test_without_a_database_all_are_told_so_at_once(ledger, group, what, kind):
+    futures = put_together(ledger, group, "a", what, "b")
     errors = [future.exception(timeout=10) for future in futures]
-    assert all(isinstance(error, Unavailable) for error in errors)
+    assert [(type(error), error.message) for error in errors] == [(kind, what)] * 3
     assert len({id(error) for error in errors}) == 3
+    assert ledger.groups == [["first"], ["a", what, "b"]]
     assert group.put("later").result(timeout=10) == "done later"
 
 
@@ -101,3 +105,9 @@ def test_closing_carries_out_what_waits_and_it_can_be_used_again(ledger, group):
     group.close()
     assert all(future.done() for future in futures)
     assert group.put("again").result(timeout=10) == "done again"
+
+
+def test_more_than_can_wait_is_refused_at_once(ledger, group):
+    futures = put_together(ledger, group, *range(MAX_WAITING + 1))
+    assert isinstance(futures[-1].exception(timeout=10), Unavailable)
+    assert [future.result(timeout=10) for future in futures[:-1]] == [f"done {n}" for n in range(MAX_WAITING)]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +16,7 @@ from service.domain.errors import FieldProblem
 
 MAX_DEPTH = 32
 _INT64 = range(-(2**63), 2**63)
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")  # which 64 bits may not hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +59,28 @@ def parse_document(raw: bytes) -> Document:
         raise _too_deep() from None
     except ValueError:  # an integer of more digits than Python converts
         raise Refused(REQUEST_INVALID, "The body holds an integer of thousands of digits.") from None
-    problems = list(islice(_problems(data), MAX_PROBLEMS))
-    if problems:
-        raise Refused(REQUEST_INVALID, "The body holds values that no field can take.", problems)
-    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return Document(data=data, sha256=hashlib.sha256(canonical.encode()).hexdigest(), size_bytes=len(raw))
+    canonical = _canonical_if_plain(data)
+    if canonical is None:
+        problems = list(islice(_problems(data), MAX_PROBLEMS))
+        if problems:
+            raise Refused(REQUEST_INVALID, "The body holds values that no field can take.", problems)
+        canonical = _canonical(data)
+    return Document(data=data, sha256=hashlib.sha256(canonical).hexdigest(), size_bytes=len(raw))
+
+
+def _canonical(data: object) -> bytes:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _canonical_if_plain(data: object) -> bytes | None:
+    """Return the canonical form of a document in which nothing can be wrong; None if that takes a closer look."""
+    try:
+        canonical = _canonical(data)
+    except (ValueError, RecursionError):  # a number that is not finite, half a surrogate pair, too many levels
+        return None
+    # As deep as it has brackets, at most; brackets and digits within text count too.
+    has_many_levels = canonical.count(b"{") + canonical.count(b"[") > MAX_DEPTH
+    return None if has_many_levels or _LONG_NUMBER.search(canonical) else canonical
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

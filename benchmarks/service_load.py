@@ -99,6 +99,7 @@ class Size:
         jobs: to list.
         points: of the curve, and of a round of ingest.
         streams: at once.
+        requests: of each kind.
     """
 
     rounds: int = 5
@@ -106,9 +107,10 @@ class Size:
     jobs: int = 100_000
     points: int = 1_000_000
     streams: int = 500
+    requests: int = 100
 
 
-QUICK = Size(rounds=1, seconds=2, jobs=3_000, points=50_000, streams=60)
+QUICK = Size(rounds=1, seconds=2, jobs=3_000, points=50_000, streams=60, requests=20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,7 +305,7 @@ def measure_list(url: str, directory: Path, size: Size) -> Iterator[Figure]:
             cursor = page["next_cursor"]
             cursors.append(cursor)
         assert len(cursors) == size.jobs // 500 - 1
-        everywhere = random.Random(0).choices(cursors, k=100)
+        everywhere = random.Random(0).choices(cursors, k=size.requests)
         shapes: dict[str, Callable[[str], list[tuple[str, object]]]] = {
             "newest": lambda cursor: [],
             "deep": lambda cursor: [("cursor", cursor)],
@@ -347,7 +349,7 @@ def measure_ingest(url: str, directory: Path, size: Size) -> Iterator[Figure]:
         rates.append(num_steps * len(NAMES) / (time.perf_counter() - started))
         assert _count(engine, "metrics") == before + num_steps * len(NAMES)
         for curve in store.curves(job_id, max_points=1000).values():
-            assert sum(bucket.count for bucket in curve.buckets) == num_steps
+            assert sum(bucket.finite_count for bucket in curve.buckets) == num_steps
     store.close()
     engine.dispose()
     rate = statistics.median(rates)
@@ -382,9 +384,9 @@ def measure_curve(url: str, directory: Path, size: Size) -> Iterator[Figure]:
             assert abs(series["values"][place] - statistics.fmean(part)) < 1e-12
             first += count
         assert first == size.points
-        shapes = {f"whole, {len(series['steps'])} buckets of {width} steps": [path] * 50}
+        shapes = {f"whole, {len(series['steps'])} buckets of {width} steps": [path] * size.requests}
         for share in (10, 1000):
-            starts = [generator.randrange(size.points - size.points // share) for _ in range(50)]
+            starts = [generator.randrange(size.points - size.points // share) for _ in range(size.requests)]
             zooms = [f"{path}&from_step={start}&to_step={start + size.points // share}" for start in starts]
             shapes[f"1/{share} of it"] = zooms
         for what, paths in shapes.items():
@@ -447,7 +449,7 @@ def measure_streams(url: str, directory: Path, size: Size) -> Iterator[Figure]:
     assert len(answer["streams"]) == len(watched)
     for job_id, stream in zip(watched, answer["streams"], strict=True):
         assert stream["positions"] == last[job_id], f"{job_id}: {stream} but the feed has {last[job_id]}"
-    assert answer["reconnects"] >= len(watched) // 2
+    assert answer["reconnects"] > 0
     yield Figure(
         part="streams",
         what=f"{len(watched)} streams, {answer['reconnects']} times broken off: messages lost, doubled, out of order",

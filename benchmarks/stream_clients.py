@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-BREAK_EVERY = (20, 200)
+BREAK_EVERY = (10, 100)
 """A stream breaks off after so many messages, at least and at most."""
 
 

@@ -177,7 +177,7 @@ def _naive_bucket(points: list[MetricPoint]) -> Bucket:
     return Bucket(
         first_step=points[0].step,
         last_step=points[-1].step,
-        count=len(values),
+        finite_count=len(values),
         nonfinite_count=len(points) - len(values),
         min=float(min(values)) if values else None,
         mean=float(sum(values) / len(values)) if values else None,

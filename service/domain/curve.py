@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
+from typing import NamedTuple
 
 WIDTHS = (16, 128, 1024, 8192, 65536)
 """Steps per bucket of the roll-ups that are kept; each divides the next, and each is a power of two."""
@@ -11,14 +12,13 @@ WIDTHS = (16, 128, 1024, 8192, 65536)
 COARSEST = WIDTHS[-1]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bucket:
+class Bucket(NamedTuple):
     """What the points of one metric at some neighbouring steps come to.
 
     Attributes:
         first_step: of its points.
         last_step: of its points.
-        count: points with a finite value.
+        finite_count: points with a finite value.
         nonfinite_count: the others.
         min: of the finite values; None where there is none.
         mean: likewise.
@@ -30,7 +30,7 @@ class Bucket:
 
     first_step: int
     last_step: int
-    count: int
+    finite_count: int
     nonfinite_count: int
     min: float | None
     mean: float | None
@@ -68,7 +68,7 @@ def bucket_of(points: Sequence[Point]) -> Bucket:
     return Bucket(
         first_step=min(points)[0],
         last_step=last[0],
-        count=len(values),
+        finite_count=len(values),
         nonfinite_count=len(points) - len(values),
         min=min(values, default=None),
         mean=_mean(values),
@@ -88,15 +88,15 @@ def merged(buckets: Sequence[Bucket]) -> Bucket:
     if len(buckets) == 1:
         return buckets[0]
     last = max(buckets, key=attrgetter("last_step"))
-    count = sum(bucket.count for bucket in buckets)
+    count = sum(bucket.finite_count for bucket in buckets)
     return Bucket(
         first_step=min(bucket.first_step for bucket in buckets),
         last_step=last.last_step,
-        count=count,
+        finite_count=count,
         nonfinite_count=sum(bucket.nonfinite_count for bucket in buckets),
         min=min((bucket.min for bucket in buckets if bucket.min is not None), default=None),
         # Weights first: a sum of finite values may be beyond what a float holds, their mean never is.
-        mean=sum(bucket.mean * (bucket.count / count) for bucket in buckets if bucket.mean is not None)
+        mean=sum(bucket.mean * (bucket.finite_count / count) for bucket in buckets if bucket.mean is not None)
         if count
         else None,
         max=max((bucket.max for bucket in buckets if bucket.max is not None), default=None),

@@ -28,8 +28,7 @@ from service.store.bulk import insert_rows
 from service.store.tables import metric_rollups as rollups
 from service.store.tables import metrics
 
-_FIELDS = tuple(Bucket.__dataclass_fields__)
-_SELECT: sa.Select[Any] = sa.select(*(rollups.c[name] for name in ("width", "name", "start", *_FIELDS)))
+_SELECT: sa.Select[Any] = sa.select(*(rollups.c[name] for name in ("width", "name", "start", *Bucket._fields)))
 _SMALLEST = WIDTHS[0]
 _MOST_NAMES = 500  # in one statement
 
@@ -94,7 +93,7 @@ def read_curves(
         rollups.c.name,
         sa.func.min(rollups.c.first_step),
         sa.func.max(rollups.c.last_step),
-        sa.func.sum(rollups.c.count + rollups.c.nonfinite_count),
+        sa.func.sum(rollups.c.finite_count + rollups.c.nonfinite_count),
     ).where(
         rollups.c.job_number == number,
         rollups.c.width == COARSEST,
@@ -159,22 +158,7 @@ def _load(connection: Connection, number: int, keys: Sequence[Key]) -> dict[Key,
 
 def _store(connection: Connection, number: int, buckets: Mapping[Key, Bucket]) -> None:
     rows = [
-        {
-            "job_number": number,
-            "width": width,
-            "name": name,
-            "start": start,
-            "first_step": bucket.first_step,
-            "last_step": bucket.last_step,
-            "count": bucket.count,
-            "nonfinite_count": bucket.nonfinite_count,
-            "min": bucket.min,
-            "mean": bucket.mean,
-            "max": bucket.max,
-            "last": bucket.last,
-            "last_nonfinite": bucket.last_nonfinite,
-            "attempt": bucket.attempt,
-        }
+        {"job_number": number, "width": width, "name": name, "start": start, **bucket._asdict()}
         for (width, name, start), bucket in buckets.items()
     ]
     insert_rows(connection, rollups, rows, on_conflict="replace")
@@ -235,4 +219,4 @@ def _read(connection: Connection, number: int, name: str, width: int, begin: int
 
 
 def _bucket(row: Row[Any]) -> Bucket:
-    return Bucket(**dict(zip(_FIELDS, row[3:], strict=True)))
+    return Bucket._make(row[3:])

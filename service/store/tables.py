@@ -172,7 +172,7 @@ metric_rollups = sa.Table(
     sa.Column("start", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("first_step", sa.BigInteger, nullable=False),
     sa.Column("last_step", sa.BigInteger, nullable=False),
-    sa.Column("count", sa.BigInteger, nullable=False),
+    sa.Column("finite_count", sa.BigInteger, nullable=False),
     sa.Column("nonfinite_count", sa.BigInteger, nullable=False),
     sa.Column("min", sa.Double),
     sa.Column("mean", sa.Double),

@@ -59,7 +59,16 @@ def check(store, job_id, *, max_points, from_step=0, to_step=None):
         assert len(curve.buckets) == len(expected.buckets)
         largest = max((abs(point.value) for point in of_name if point.value is not None), default=0.0)
         for one, other in zip(curve.buckets, expected.buckets, strict=True):
-            for field in ("first_step", "last_step", "count", "nonfinite_count", "min", "max", "last", "attempt"):
+            for field in (
+                "first_step",
+                "last_step",
+                "finite_count",
+                "nonfinite_count",
+                "min",
+                "max",
+                "last",
+                "attempt",
+            ):
                 assert getattr(one, field) == getattr(other, field), field
             assert one.last_nonfinite == other.last_nonfinite
             # A mean of n values of one size, added in any order and merged level by level, errs by at most about n
@@ -108,7 +117,7 @@ def test_a_second_attempt_supersedes_what_the_first_did_beyond_its_checkpoint(st
         (192, 250, 2),
     ]
     last = curve.buckets[-1]
-    assert (last.min, last.max, last.last, last.count) == (-250.0, 200.0, -250.0, 59)
+    assert (last.min, last.max, last.last, last.finite_count) == (-250.0, 200.0, -250.0, 59)
     assert last.mean == pytest.approx((sum(range(192, 201)) - sum(range(201, 251))) / 59, rel=1e-12)
 
 
@@ -117,8 +126,8 @@ def test_a_step_that_is_reported_again_counts_once(store):
     job = run(store, lease, *(loss(step) for step in range(1, 41)))
     store.ingest(lease, job.id, 1, records(loss(7, 100.0), loss(7, 50.0), Metrics.of(40, {"eval/loss": 2.0}), first=44))
     curves = store.curves(job.id, max_points=3)
-    assert [(one.count, one.max) for one in curves["train/loss"].buckets] == [(15, 50.0), (16, 1.0), (9, 1.0)]
-    assert [one.count for one in curves["eval/loss"].buckets] == [1]
+    assert [(one.finite_count, one.max) for one in curves["train/loss"].buckets] == [(15, 50.0), (16, 1.0), (9, 1.0)]
+    assert [one.finite_count for one in curves["eval/loss"].buckets] == [1]
 
 
 def test_few_points_are_shown_one_by_one(store):

@@ -16,7 +16,7 @@ from service.store import SqlStore
 from tests.contract.store_databases import KINDS
 from tests.fakes import spec_data
 
-SMALL = Size(rounds=1, seconds=1, points=50_000, streams=40)
+SMALL = Size(rounds=1, seconds=1, points=20_000, streams=40, requests=3)
 NUM_CLIENTS = 16
 SUBMITS_PER_CLIENT = 20
 

@@ -71,7 +71,7 @@ def _rolled_up(curve: Curve) -> dict[str, Any]:
         "rollup": {
             "bucket_steps": curve.bucket_steps,
             "last_steps": [bucket.last_step for bucket in buckets],
-            "counts": [bucket.count for bucket in buckets],
+            "counts": [bucket.finite_count for bucket in buckets],
             "nonfinite_counts": [bucket.nonfinite_count for bucket in buckets],
             "min": [bucket.min for bucket in buckets],
             "max": [bucket.max for bucket in buckets],

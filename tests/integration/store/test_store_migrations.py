@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import alembic.command
 import pytest
@@ -212,8 +211,8 @@ def test_the_points_of_earlier_versions_are_rolled_up(empty_url, monkeypatch):
             width = curves["train/loss"].bucket_steps
             for name, curve in curves.items():
                 expected = naive_curves(points, curve.bucket_steps)[name]
-                assert [replace(one, mean=None) for one in curve.buckets] == [
-                    replace(one, mean=None) for one in expected.buckets
+                assert [one._replace(mean=None) for one in curve.buckets] == [
+                    one._replace(mean=None) for one in expected.buckets
                 ]
                 # Merged level by level, each of which rounds once.
                 means = [one.mean for one in expected.buckets]

@@ -10,7 +10,7 @@ def test_a_bucket_tells_what_its_points_come_to():
     assert bucket_of(points) == Bucket(
         first_step=1,
         last_step=4,
-        count=2,
+        finite_count=2,
         nonfinite_count=2,
         min=2.0,
         mean=3.0,
@@ -27,7 +27,7 @@ def test_merging_is_as_good_as_the_points_themselves():
     # In any order, and of any sizes.
     parts = merged([bucket_of(points[30:]), bucket_of(points[:1]), bucket_of(points[1:30])])
     assert parts.mean == pytest.approx(whole.mean, rel=1e-15)
-    assert (parts.first_step, parts.last_step, parts.last, parts.min, parts.max, parts.count) == (
+    assert (parts.first_step, parts.last_step, parts.last, parts.min, parts.max, parts.finite_count) == (
         1, 49, 2401.0, 1.0, 2401.0, 49,
     )  # fmt: skip
 
@@ -41,7 +41,7 @@ def test_a_mean_of_finite_values_is_finite():
 
 def test_buckets_without_a_finite_value_have_no_mean():
     empty = bucket_of([(1, None, "inf", 1)])
-    assert (empty.min, empty.mean, empty.max, empty.count, empty.nonfinite_count) == (None, None, None, 0, 1)
+    assert (empty.min, empty.mean, empty.max, empty.finite_count, empty.nonfinite_count) == (None, None, None, 0, 1)
     assert merged([empty, bucket_of([(2, None, "nan", 1)])]).mean is None
     assert merged([empty, bucket_of([(2, 5.0, None, 1)])]).mean == 5.0
 
@@ -63,4 +63,4 @@ def test_any_range_can_be_shown_in_two_buckets():
 
 def test_wider_buckets_begin_at_multiples_of_their_width():
     narrow = [bucket_of([(step, 1.0, None, 1)]) for step in (0, 15, 16, 31, 64)]
-    assert [(one.first_step, one.count) for one in rolled_up(narrow, 32)] == [(0, 4), (64, 1)]
+    assert [(one.first_step, one.finite_count) for one in rolled_up(narrow, 32)] == [(0, 4), (64, 1)]

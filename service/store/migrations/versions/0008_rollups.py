@@ -30,7 +30,7 @@ def upgrade() -> None:
         sa.Column("start", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("first_step", sa.BigInteger(), nullable=False),
         sa.Column("last_step", sa.BigInteger(), nullable=False),
-        sa.Column("count", sa.BigInteger(), nullable=False),
+        sa.Column("finite_count", sa.BigInteger(), nullable=False),
         sa.Column("nonfinite_count", sa.BigInteger(), nullable=False),
         sa.Column("min", sa.Double(), nullable=True),
         sa.Column("mean", sa.Double(), nullable=True),
@@ -132,7 +132,7 @@ def _single(number: int, name: str, point: Any) -> Summary:  # noqa: ANN401 - a 
         "name": name,
         "first_step": point.step,
         "last_step": point.step,
-        "count": int(point.value is not None),
+        "finite_count": int(point.value is not None),
         "nonfinite_count": int(point.value is None),
         "min": point.value,
         "mean": point.value,
@@ -144,13 +144,13 @@ def _single(number: int, name: str, point: Any) -> Summary:  # noqa: ANN401 - a 
 
 
 def _merged(parts: Sequence[Summary]) -> Summary:
-    count = sum(part["count"] for part in parts)
-    finite = [part for part in parts if part["count"]]
+    count = sum(part["finite_count"] for part in parts)
+    finite = [part for part in parts if part["finite_count"]]
     return parts[-1] | {
         "first_step": parts[0]["first_step"],
-        "count": count,
+        "finite_count": count,
         "nonfinite_count": sum(part["nonfinite_count"] for part in parts),
         "min": min((part["min"] for part in finite), default=None),
-        "mean": sum(part["mean"] * (part["count"] / count) for part in finite) if count else None,
+        "mean": sum(part["mean"] * (part["finite_count"] / count) for part in finite) if count else None,
         "max": max((part["max"] for part in finite), default=None),
     }

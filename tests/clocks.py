@@ -1,5 +1,6 @@
 """A wall clock that jumps under one process, and under SQLite in it; its monotonic clock goes on."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import libfaketime
@@ -24,6 +25,12 @@ class JumpingClock:
             "FAKETIME_NO_CACHE": "1",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         }
+
+    def clean_up(self, pids: Iterable[int]) -> None:
+        """Remove what the library leaves of processes that were killed."""
+        for pid in pids:
+            for name in (f"faketime_shm_{pid}", f"sem.faketime_sem_{pid}"):
+                (Path("/dev/shm") / name).unlink(missing_ok=True)
 
     def jump(self, offset_s: int) -> None:
         """Put the clock forward, or back, from what it would be."""

@@ -71,6 +71,10 @@ class ControlPlane:
         self.store.close()
         self._listener.close()
 
+    def pids(self) -> list[int]:
+        """Of every process that was started, in order."""
+        return [process.pid for process in self._processes]
+
     def client(self, timeout_s: float = 30.0) -> httpx.Client:
         headers = {"Authorization": f"Bearer {TOKEN}"}
         # Loading certificates, which nothing here uses, takes longer than a request.

@@ -33,6 +33,7 @@ class Leadership:
         self._renewed_at = 0.0
         self._seen: LeaseState | None = None
         self._seen_at = 0.0
+        self._told_of: str | None = None
 
     @property
     def lease(self) -> Lease | None:
@@ -99,6 +100,9 @@ class Leadership:
             self._store.renew_lease(lease)
             return lease
         if state.holder is not None and time.monotonic() - self._seen_at < self._ttl_s:
+            if self._told_of != state.holder:
+                self._told_of = state.holder
+                logger.info("Standing by: %s leads", state.holder)
             return None
         taken = self._store.take_lease(self._holder, seen=state)
         if taken is not None:

@@ -79,6 +79,10 @@ class GroupCommit(Generic[Request, Result]):
         try:
             outcomes: Sequence[Result | Exception] = self._commit([request for request, _ in group])
         except Unavailable as error:
+            # Those that came while it was tried would be tried for as long, and have waited for it already.
+            with self._changed:
+                waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            group = [*group, *(one for one in waiting if one[1].set_running_or_notify_cancel())]
             # One exception for each: whoever raises it adds a traceback of his own.
             outcomes = [type(error)(error.message) for _ in group]
         except Exception as error:

@@ -16,8 +16,8 @@ from tests.control_plane import TAKEOVER_S
 
 TTL_S = 1.0
 NUM_STEPS = 60
-# Beside the one that the service itself keeps running, so that one is ready whenever the leader dies.
-NUM_OTHERS = 2
+# Beside the one that the service itself keeps running: one for each death, since a new one takes seconds to join Ray.
+NUM_OTHERS = len(CrashPoint)
 
 
 class CrashingSchedulers:
@@ -33,8 +33,8 @@ class CrashingSchedulers:
         self.service = EmbeddedServiceProcess(data_dir, environment=environment)
         self._store = SqlStore(f"sqlite:///{data_dir / 'service.sqlite'}")
         self._environment = psutil.Process(self.service.child_pid("scheduler")).environ()
-        self._log = data_dir / "logs" / "others.log"
-        self._others = [self._start() for _ in range(NUM_OTHERS)]
+        self._logs = data_dir / "logs"
+        self._others: list[subprocess.Popen[bytes]] = []
         self.takeovers_s: list[float] = []
 
     def close(self) -> None:
@@ -47,6 +47,7 @@ class CrashingSchedulers:
 
     def run_job(self) -> None:
         """Have a leader die at each point of one job's life, and prove that it is trained once and to its end."""
+        self._line_up()
         points = list(CrashPoint)
         self._arm(points[0])
         job_id = self.service.submit(digits_job(steps=NUM_STEPS))
@@ -77,10 +78,18 @@ class CrashingSchedulers:
             lambda: f"nobody takes over:\n{self.service.all_logs()}",
         )
         self.takeovers_s.append(time.monotonic() - killed_at)
-        for place, process in enumerate(self._others):
-            if process.poll() is not None:
-                assert process.returncode == -signal.SIGKILL, self.service.all_logs()
-                self._others[place] = self._start()
+
+    def _line_up(self) -> None:
+        """Start a scheduler for each that has died, and wait until all stand by."""
+        for process in [process for process in self._others if process.poll() is not None]:
+            assert process.returncode == -signal.SIGKILL, self.service.all_logs()
+            self._others.remove(process)
+        self._others += [self._start() for _ in range(NUM_OTHERS - len(self._others))]
+        wait_until(
+            lambda: all("Standing by" in self._log(process.pid).read_text() for process in self._others),
+            90.0,
+            lambda: f"not all of them stand by:\n{self.service.all_logs()}",
+        )
 
     def _arm(self, point: CrashPoint) -> None:
         partial = self._crash_file.with_suffix(".partial")
@@ -88,11 +97,17 @@ class CrashingSchedulers:
         partial.replace(self._crash_file)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        with self._log.open("ab") as log:
-            return subprocess.Popen(
+        beginning = self._logs / "starting.log"
+        with beginning.open("wb") as log:
+            process = subprocess.Popen(
                 [sys.executable, "-m", "service", "scheduler", "--parent-pid", str(os.getpid())],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
+        beginning.rename(self._log(process.pid))
+        return process
+
+    def _log(self, pid: int) -> Path:
+        return self._logs / f"scheduler-{pid}.log"

@@ -18,8 +18,17 @@ def plane(tmp_path):
         yield plane
 
 
-def test_a_clock_that_jumps_ends_no_lease_and_no_job(plane, tmp_path):
+@pytest.fixture
+def clocks(tmp_path):
+    """Two, for a scheduler each."""
     clocks = [JumpingClock(tmp_path / f"clock-{number}") for number in range(2)]
+    with control_plane(tmp_path / "plane") as plane:
+        yield clocks, plane
+    clocks[0].clean_up(plane.pids())
+
+
+def test_a_clock_that_jumps_ends_no_lease_and_no_job(clocks):
+    clocks, plane = clocks
     first = plane.start_scheduler("first", environment=clocks[0].environment)
     plane.wait_for_leader(first)
     second = plane.start_scheduler("second", environment=clocks[1].environment)

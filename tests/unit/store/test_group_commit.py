@@ -111,3 +111,13 @@ def test_more_than_can_wait_is_refused_at_once(ledger, group):
     futures = put_together(ledger, group, *range(MAX_WAITING + 1))
     assert isinstance(futures[-1].exception(timeout=10), Unavailable)
     assert [future.result(timeout=10) for future in futures[:-1]] == [f"done {n}" for n in range(MAX_WAITING)]
+
+
+def test_those_that_came_while_the_database_was_tried_are_told_with_the_others(ledger, group):
+    ledger.gate.clear()
+    away = group.put("away")
+    assert ledger.entered.wait(timeout=10)
+    waiting = [group.put(number) for number in range(3)]
+    ledger.gate.set()
+    assert [type(future.exception(timeout=10)) for future in [away, *waiting]] == [Unavailable] * 4
+    assert ledger.groups == [["away"]]

@@ -25,6 +25,9 @@ class Reference:
     def future(self) -> "Reference":
         return self
 
+    def exception(self) -> BaseException | None:
+        return self.result if isinstance(self.result, BaseException) else None
+
     def add_done_callback(self, callback: Any) -> None:
         self._callbacks.append(callback)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.cluster.rank_actor import RANK_OPTIONS, RankActor
@@ -18,6 +19,7 @@ from service.cluster.rank_actor import RANK_OPTIONS, RankActor
 REFILL_AFTER_S = 1.0
 # How long more of them than are to wait may wait for another attempt of their size.
 SURPLUS_S = 10.0
+WATCH_RETRY_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class RankPool:
         self._lent: dict[tuple[str, int], dict[str, LentRank]] = {}
         self._deaths: dict[str, Any] = {}  # by id: a reference that fails when the actor dies
         self._changed_at = time.monotonic() - REFILL_AFTER_S
-        self._ending = ThreadPoolExecutor(max_workers=1, thread_name_prefix="end-loan")
+        self._ending = ThreadPoolExecutor(max_workers=1, thread_name_prefix="end-loans")
 
     def lend(self, count: int, supervisor: Any, job_id: str, attempt: int) -> list[LentRank]:  # noqa: ANN401
         """Hand out actors that nobody else has, warm ones first.
@@ -64,9 +66,7 @@ class RankPool:
             lent = [self._idle.pop(0) if self._idle else self._start() for _ in range(count)]
             self._lent.setdefault(key, {}).update((rank.id, rank) for rank in lent)
             self._changed_at = time.monotonic()
-        over = supervisor.until_over.remote(job_id, attempt).future()
-        # Ray calls back from the thread that would carry out what is asked of Ray there.
-        over.add_done_callback(lambda _: self._ending.submit(self._end_loan, key))
+        self._watch(supervisor, key)
         return lent
 
     def take_back(self, ids: Sequence[str]) -> None:
@@ -88,6 +88,20 @@ class RankPool:
                     self._end(rank)
                 del self._idle[self._size :]
 
+    def _watch(self, supervisor: Any, key: tuple[str, int]) -> None:  # noqa: ANN401
+        over = supervisor.until_over.remote(*key).future()
+        # Ray calls back from the thread that would carry out what is asked of Ray there.
+        over.add_done_callback(lambda answer: self._ending.submit(self._on_over, supervisor, key, answer.exception()))
+
+    def _on_over(self, supervisor: Any, key: tuple[str, int], error: BaseException | None) -> None:  # noqa: ANN401
+        if isinstance(error, ActorUnavailableError):
+            # Unreachable is not dead.
+            threading.Timer(WATCH_RETRY_S, self._watch, [supervisor, key]).start()
+            return
+        with self._lock:
+            for rank in self._lent.pop(key, {}).values():
+                self._end(rank)
+
     def _start(self) -> LentRank:
         strategy = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
         rank_class: Any = ray.remote(RankActor)
@@ -106,8 +120,3 @@ class RankPool:
                 logger.warning("A rank actor died that waited for an attempt")
                 self._idle.remove(rank)
                 del self._deaths[rank.id]
-
-    def _end_loan(self, key: tuple[str, int]) -> None:
-        with self._lock:
-            for rank in self._lent.pop(key, {}).values():
-                self._end(rank)

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ REST_S = 5.0
 LOOK_S = 0.02
 # A supervisor that has not answered for this much longer than it may rest cannot be reached.
 PATIENCE_S = 10.0
+MARKER_READERS = 16
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +124,7 @@ class RayCluster:
         if read is None or read.after != after:
             try:
                 supervisor = self._supervisor(job_id, attempt)
-            except (RayError, OSError, ServiceError) as error:
-                logger.warning("It is not known who supervises %s attempt %d: %s", job_id, attempt, error)
+            except (RayError, OSError, ServiceError):
                 return JournalPage(state=SupervisorState.UNREACHABLE, records=())
             if supervisor is None:
                 return JournalPage(state=SupervisorState.GONE, records=())
@@ -177,9 +178,10 @@ class RayCluster:
     def close_all_but(self, attempts: Collection[tuple[str, int]], supervisors: Collection[str]) -> None:
         """Close those of these supervisors that none of these attempts has, and that do not wait for one here."""
         try:
-            kept = {read_launch_marker(self._storage, job_id, attempt) for job_id, attempt in attempts}
-            kept |= {supervisor.name for key, supervisor in self._supervisors.items() if key in attempts}
-            for name in set(supervisors) - kept - self._pool.names:
+            with ThreadPoolExecutor(MARKER_READERS) as readers:  # an object store takes its time for each
+                owners = set(readers.map(lambda key: read_launch_marker(self._storage, *key), attempts))
+            known = {supervisor.name for key, supervisor in self._supervisors.items() if key in attempts}
+            for name in set(supervisors) - owners - known - self._pool.names:
                 with suppress(ValueError):  # gone by now
                     ray.kill(ray.get_actor(name, namespace=NAMESPACE))
         except (RayError, OSError, ServiceError) as error:

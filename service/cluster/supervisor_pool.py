@@ -110,7 +110,12 @@ class SupervisorPool:
 
     def _settle(self) -> None:
         """See who has come back, and who has died."""
-        self._waiting = [entry for entry in self._waiting if not ray.wait([entry.death], timeout=0)[0]]
+        waiting, self._waiting = self._waiting, []
+        for waits in waiting:
+            if ray.wait([waits.death], timeout=0)[0]:
+                ray.kill(waits.supervisor.actor)  # dead already, or out of reach
+            else:
+                self._waiting.append(waits)
         returning, self._returning = self._returning, []
         for entry in returning:
             if ray.wait([entry.answer], timeout=0)[0]:

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from ray.exceptions import ActorUnavailableError
 
 from service.cluster import rank_pool
 from service.cluster.rank_pool import RankPool
@@ -71,6 +72,17 @@ def test_what_an_attempt_does_not_give_back_ends_with_it_or_with_its_supervisor(
     _wait_until(lambda: not kept.actor.is_alive)
     assert returned.actor.is_alive
     assert other.actor.is_alive
+
+
+def test_a_supervisor_that_cannot_be_reached_for_a_while_keeps_its_ranks(ray, supervisor, monkeypatch):
+    monkeypatch.setattr(rank_pool, "WATCH_RETRY_S", 0.0)
+    pool = _pool(0)
+    (rank,) = pool.lend(1, supervisor, "a", 1)
+    supervisor.asked("until_over")[0].answer(ActorUnavailableError("no route", None))
+    _wait_until(lambda: len(supervisor.asked("until_over")) == 2)
+    assert rank.actor.is_alive
+    supervisor.die()
+    _wait_until(lambda: not rank.actor.is_alive)
 
 
 def test_one_that_died_while_it_waited_is_not_lent(ray, supervisor):

@@ -29,19 +29,18 @@ from service.store.tables import metric_rollups as rollups
 from service.store.tables import metrics
 
 _SELECT: sa.Select[Any] = sa.select(*(rollups.c[name] for name in ("width", "name", "start", *Bucket._fields)))
-# Buckets of each width in a range of its own; made once, since putting it together takes longer than running it.
-_NEAR = _SELECT.where(
-    rollups.c.job_number == sa.bindparam("job"),
-    rollups.c.name.in_(sa.bindparam("names", expanding=True)),
-    sa.or_(
-        *(
-            sa.and_(
-                rollups.c.width == width,
-                rollups.c.start.between(sa.bindparam(f"from_{width}"), sa.bindparam(f"to_{width}")),
-            )
-            for width in WIDTHS
+# Buckets of each width in a range of its own: each is a range of the table's key, which one condition for all of them
+# would not be. Made once, since putting it together takes longer than running it.
+_NEAR = sa.union_all(
+    *(
+        _SELECT.where(
+            rollups.c.job_number == sa.bindparam("job"),
+            rollups.c.width == width,
+            rollups.c.name.in_(sa.bindparam("names", expanding=True)),
+            rollups.c.start.between(sa.bindparam(f"from_{width}"), sa.bindparam(f"to_{width}")),
         )
-    ),
+        for width in WIDTHS
+    )
 )
 _SMALLEST = WIDTHS[0]
 _MOST_NAMES = 500  # in one statement

@@ -9,7 +9,7 @@ from service.domain.errors import NotFound, Unavailable
 from service.domain.job import JobStatus
 from service.store import SqlStore, migrate
 from service.store.engine import Database, create_engine
-from tests.contract.store_examples import lead, make_spec, run
+from tests.contract.store_examples import lead, loss, make_spec, records, run
 
 FULL, EXTRA = 2, 3
 
@@ -134,8 +134,10 @@ def test_pages_curves_and_queues_are_read_through_indices(tmp_path):
         "before_cursor_execute",
         lambda connection, cursor, statement, parameters, context, many: statements.append((statement, parameters)),
     )
-    job = run(store, lead(store))
+    lease = lead(store)
+    job = run(store, lease, loss(1))
     statements.clear()
+    store.ingest(lease, job.id, 1, records(loss(1), loss(2), first=5))
     store.list_jobs()
     store.list_jobs(statuses=[JobStatus.QUEUED, JobStatus.RUNNING], labels=[("a", "b")], name="digits")
     store.queued_jobs()
@@ -161,7 +163,10 @@ def test_pages_curves_and_queues_are_read_through_indices(tmp_path):
     assert scans in ([], ["SCAN jobs"]), plans
     for index in ("ix_jobs_queue", "ix_attempts_live", "ix_metrics_curve"):
         assert any(index in plan for plan in plans), (index, plans)
-    for search in ("metrics USING PRIMARY KEY (job_number=? AND position>", "metric_rollups USING PRIMARY KEY"):
+    for search in (
+        "metrics USING PRIMARY KEY (job_number=? AND position>",
+        "metric_rollups USING PRIMARY KEY (job_number=? AND width=? AND name=? AND start>",
+    ):
         assert any(search in plan for plan in plans), (search, plans)
 
 

@@ -24,7 +24,7 @@ def fill_up(directory: Path) -> str:
         scheduler = plane.start_scheduler()
         plane.wait_for_api()
         plane.wait_for_leader(scheduler)
-        running, _ = plane.store.submit(parse_spec(job_document("running", num_steps=40, labels={"step_s": "0.1"})))
+        running, _ = plane.store.submit(parse_spec(job_document("running", num_steps=30, labels={"step_s": "0.1"})))
         traffic = Traffic(plane, num_writers=4)
         traffic.wait_for_write()
         _fill(disk / "ballast")
@@ -42,7 +42,7 @@ def fill_up(directory: Path) -> str:
         traffic.check_nothing_lost()
         assert scheduler.poll() is None, f"the scheduler did not survive it:\n{plane.log('scheduler')}"
         plane.wait_for_end(running.id)
-        plane.check_ran_once(running.id, num_steps=40)
+        plane.check_ran_once(running.id, num_steps=30)
         with plane.store._database.reading() as connection:
             assert connection.exec_driver_sql("PRAGMA integrity_check").scalar_one() == "ok"
         # A new process finds a whole database too.

@@ -32,7 +32,7 @@ def lock_sqlite(plane: ControlPlane, locked_s: float) -> str:
     scheduler = plane.start_scheduler()
     plane.wait_for_api()
     plane.wait_for_leader(scheduler)
-    running, _ = plane.store.submit(parse_spec(job_document("running", num_steps=40, labels={"step_s": "0.1"})))
+    running, _ = plane.store.submit(parse_spec(job_document("running", num_steps=30, labels={"step_s": "0.1"})))
     traffic = Traffic(plane, num_writers=NUM_WRITERS)
     traffic.wait_for_write()
     path = plane.database_url.removeprefix("sqlite:///")
@@ -56,7 +56,7 @@ def lock_sqlite(plane: ControlPlane, locked_s: float) -> str:
     traffic.check_nothing_lost()
     assert scheduler.poll() is None, f"the scheduler did not survive it:\n{plane.log('scheduler')}"
     plane.wait_for_end(running.id)
-    plane.check_ran_once(running.id, num_steps=40)
+    plane.check_ran_once(running.id, num_steps=30)
     return (
         f"locked for {locked_s:g} s: {seen.writes.statuses[503]} writes answered 503, within "
         f"{seen.writes.longest_s:.1f} s, reads within {seen.reads.longest_s:.2f} s, "

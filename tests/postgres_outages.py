@@ -11,7 +11,7 @@ from tests.locks import REFUSAL_S
 from tests.outages import Traffic, check_problem
 from tests.postgres_server import PostgresServer
 
-NUM_STEPS = 100
+NUM_STEPS = 80
 
 
 def disturb(plane: ControlPlane, server: PostgresServer, *, locked_s: float, num_restarts: int) -> str:

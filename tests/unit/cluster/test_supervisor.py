@@ -6,7 +6,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from service.cluster.launch_marker import read_launch_marker
 from service.cluster.supervisor import Supervisor
@@ -215,3 +215,58 @@ def test_a_fork_whose_checkpoint_cannot_be_read_fails_and_does_not_begin_anew(su
     assert (quarantined.job_id, quarantined.attempt, quarantined.step) == ("parent", 1, 20)
     assert (ended.outcome, ended.reason) == (Outcome.FAILED, Reason.CHECKPOINT_FAILED)
     assert "step 20 of job parent" in ended.message
+
+
+class _Rank:
+    """Stands in for a rank's actor that answers a kill as told, one answer after another."""
+
+    def __init__(self, *answers):
+        self._answers = list(answers)
+        self.kill = self
+        self.num_asked = 0
+
+    async def remote(self):
+        self.num_asked += 1
+        answer = self._answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return await answer
+
+
+async def _at_once():
+    return None
+
+
+async def _never():
+    await asyncio.Event().wait()
+
+
+def _verdict(supervisor, monkeypatch, *answers, alive=()):
+    monkeypatch.setattr(supervisor_module, "VERDICT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(supervisor_module, "VERDICT_RETRY_S", 0.01)
+    monkeypatch.setattr(supervisor_module, "_alive_node_ids", lambda: frozenset(alive))
+
+    async def judge():
+        rank = _Rank(*(answer() if callable(answer) else answer for answer in answers))
+        supervisor._ranks = [object(), rank]
+        return await supervisor._await_verdict(1), rank.num_asked
+
+    return asyncio.run(judge())
+
+
+def test_a_rank_that_can_be_reached_again_is_killed_and_is_no_failure_of_its_own(supervisor, monkeypatch):
+    unavailable = ActorUnavailableError("no route", b"0" * 16)
+    assert _verdict(supervisor, monkeypatch, unavailable, unavailable, _at_once) == (None, 3)
+
+
+def test_a_rank_that_cannot_be_reached_is_waited_for_until_ray_calls_its_node_dead(supervisor, monkeypatch):
+    unavailable = ActorUnavailableError("no route", b"0" * 16)
+    failure, _ = _verdict(supervisor, monkeypatch, unavailable, RayActorError())
+    assert (failure.reason, failure.failure.error_type) == (Reason.NODE_LOST, "NodeDied")
+    failure, _ = _verdict(supervisor, monkeypatch, RayActorError(), alive=["a"])
+    assert (failure.reason, failure.failure.error_type) == (Reason.RANK_LOST, "ActorDied")
+
+
+def test_a_rank_that_is_never_heard_of_is_not_waited_for_for_ever(supervisor, monkeypatch):
+    failure, _ = _verdict(supervisor, monkeypatch, _never)
+    assert (failure.reason, failure.failure.error_type) == (Reason.NODE_LOST, "NodeUnreachable")

@@ -1,7 +1,11 @@
 """Which node each rank of a gang goes to; all ranks or none."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+Layout = Literal["pack", "spread"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +75,16 @@ class Node:
     total: Resources
 
 
-def place_gang(num_ranks: int, per_rank: Resources, free: Mapping[str, Resources]) -> tuple[str, ...] | None:
-    """Choose a node for each rank, packed on as few nodes as possible; ranks of a node are consecutive.
+def place_gang(
+    num_ranks: int, per_rank: Resources, free: Mapping[str, Resources], *, layout: Layout = "pack"
+) -> tuple[str, ...] | None:
+    """Choose a node for each rank; ranks of a node are consecutive.
 
     Args:
         num_ranks: ranks of the gang.
         per_rank: what each needs.
         free: what each node has left, by node id.
+        layout: ``pack`` on as few nodes as possible, or ``spread`` over as many as possible.
 
     Returns:
         The node id of each rank, or None if they do not all fit now.
@@ -85,16 +92,46 @@ def place_gang(num_ranks: int, per_rank: Resources, free: Mapping[str, Resources
     room = {node_id: amount.holds(per_rank) for node_id, amount in free.items()}
     if sum(room.values()) < num_ranks:
         return None
-    chosen: list[str] = []
-    # The fullest node that still takes all that is left; else the emptiest one. Ties go by id, so that the choice
-    # is a function of its arguments.
-    while len(chosen) < num_ranks:
-        left = num_ranks - len(chosen)
-        enough = [node_id for node_id, ranks in room.items() if ranks >= left]
-        node_id = min(enough, key=lambda n: (room[n], n)) if enough else max(room, key=lambda n: (room[n], n))
-        take = min(left, room.pop(node_id))
-        chosen.extend([node_id] * take)
-    return tuple(chosen)
+    chosen = choose_nodes(num_ranks, room, layout)
+    return tuple(node_id for node_id, count in chosen for _ in range(count))
+
+
+def choose_nodes(num_ranks: int, room: Mapping[str, int], layout: Layout) -> list[tuple[str, int]]:
+    """Choose how many ranks of a gang go to which node; a function of its arguments, whatever their order.
+
+    Args:
+        num_ranks: ranks of the gang.
+        room: how many ranks each node holds; enough of them in all.
+        layout: ``pack`` or ``spread``.
+    """
+    return _spread(num_ranks, room) if layout == "spread" else _pack(num_ranks, room)
+
+
+def _pack(num_ranks: int, room: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Take the fullest node that still takes all that is left; else the emptiest one. Ties go by id."""
+    by_room = sorted((count, node_id) for node_id, count in room.items() if count > 0)
+    chosen = []
+    while num_ranks > 0:
+        enough = bisect_left(by_room, (num_ranks, ""))
+        count, node_id = by_room.pop(enough if enough < len(by_room) else -1)
+        chosen.append((node_id, min(num_ranks, count)))
+        num_ranks -= count
+    return chosen
+
+
+def _spread(num_ranks: int, room: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Fill all nodes to one level; the emptiest ones take the ranks that are left over. Ties go by id."""
+    by_room = sorted((-count, node_id) for node_id, count in room.items() if count > 0)
+    level = (
+        bisect_right(range(num_ranks), num_ranks, key=lambda full: sum(min(-count, full) for count, _ in by_room)) - 1
+    )
+    taken = {node_id: min(-count, level) for count, node_id in by_room}
+    left = num_ranks - sum(taken.values())
+    for count, node_id in by_room:
+        if left > 0 and -count > level:
+            taken[node_id] += 1
+            left -= 1
+    return [(node_id, count) for node_id, count in taken.items() if count > 0]
 
 
 def why_not(num_ranks: int, per_rank: Resources, nodes: Sequence[Node]) -> str | None:

@@ -1,0 +1,1 @@
+"""A simulated cluster under load, to prove and to measure the scheduling policy."""

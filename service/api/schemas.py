@@ -280,6 +280,18 @@ class WorldPlan(BaseModel):
     groups: Annotated[int, Field(description="normalization batches side by side")]
 
 
+class PlannedStart(BaseModel):
+    """When a job would start if it were submitted now."""
+
+    now: Annotated[bool, Field(description="whether it would start at once")]
+    message: Annotated[str | None, Field(description="why it would wait; null if it would not")]
+    position: Annotated[int | None, Field(description="its place in its queue, from 1; null if it waits in none")]
+    in_s: Annotated[
+        float | None,
+        Field(description="in about so many seconds, by the estimates there are; null where they do not tell"),
+    ]
+
+
 class Plan(BaseModel):
     """What would become of a job if it were submitted."""
 
@@ -297,6 +309,7 @@ class Plan(BaseModel):
         bool | None, Field(description="whether the cluster, when empty, holds the job; null while it is unknown")
     ]
     reason: Annotated[str | None, Field(description="why it does not fit, or why that is unknown")]
+    start: Annotated[PlannedStart | None, Field(description="null where the job does not fit, or that is unknown")]
 
 
 class ClusterNode(BaseModel):

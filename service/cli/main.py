@@ -93,6 +93,7 @@ def submit(
                     ("steps", plan.num_steps),
                     ("resources", plan.resources),
                     ("fits the cluster", verdict if plan.reason is None else f"{verdict}: {plan.reason}"),
+                    ("starts", None if plan.start is None else "at once" if plan.start.now else plan.start.message),
                 ]
             )
             raise typer.Exit(code)

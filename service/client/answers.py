@@ -31,6 +31,22 @@ class WorldPlan(Answer):
     groups: int
 
 
+class PlannedStart(Answer):
+    """When a job would start if it were submitted now.
+
+    Attributes:
+        now: whether at once.
+        message: why it would wait; None if it would not.
+        position: its place in its queue, from 1; None if it waits in none.
+        in_s: in about so many seconds; None where no estimates tell.
+    """
+
+    now: bool
+    message: str | None
+    position: int | None
+    in_s: float | None
+
+
 class JobPlan(Answer):
     """What would become of a job if it were submitted.
 
@@ -44,6 +60,7 @@ class JobPlan(Answer):
         resources: of all workers together.
         fits: whether the cluster holds the job when it is empty; None while that is unknown.
         reason: why it does not, or why that is unknown.
+        start: when it would start; None where it does not fit, or that is unknown.
     """
 
     spec: JobSpec
@@ -55,6 +72,7 @@ class JobPlan(Answer):
     resources: Resources
     fits: bool | None
     reason: str | None
+    start: PlannedStart | None = None
 
 
 class Rollup(Answer):

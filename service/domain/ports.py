@@ -290,6 +290,18 @@ class JobStore(Protocol):
         """Return every queue and what is in it, by name."""
         ...
 
+    def queued_jobs(self, limit: int = 1000) -> tuple[Job, ...]:
+        """Return queued jobs: highest priority first, then first come."""
+        ...
+
+    def held_back(self) -> Mapping[str, "HeldBack"]:
+        """Return the queued jobs that may not start yet, by id."""
+        ...
+
+    def live_attempts(self) -> tuple["LiveAttempt", ...]:
+        """Return attempts that are not sealed, with their jobs; they hold resources."""
+        ...
+
     def put_queue(self, queue: Queue) -> bool:
         """Make a queue, or give it these settings.
 

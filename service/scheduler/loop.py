@@ -2,23 +2,30 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from service.domain.errors import LeaseLost, Unavailable
-from service.domain.job import AttemptStatus, Reason
+from service.domain.job import Job, Reason
+from service.domain.picture import Picture
 from service.domain.placement import Node
-from service.domain.ports import Cluster, HeldBack, Lease, RunFiles, SchedulerStore
-from service.scheduler.admission import admit
+from service.domain.ports import Cluster, Lease, LiveAttempt, RunFiles, SchedulerStore
+from service.domain.scheduling import Decision, Reservation, Wait, decide
 from service.scheduler.crash_points import CrashPoint, reach
-from service.scheduler.elasticity import decide_resizes
 from service.scheduler.follower import AttemptFollower
 from service.scheduler.launches import LaunchFactory
 from service.scheduler.leadership import Leadership
 from service.scheduler.sweeper import Sweeper
+from service.scheduler.usage import Usage
 
 BUSY_INTERVAL_S = 0.05
 IDLE_INTERVAL_S = 0.5
 NODES_INTERVAL_S = 1.0
+# More jobs than that wait unseen until others have started.
+MAX_QUEUED = 20_000
+# A decision on more jobs than that is followed by a pause of so many times what it took.
+NUM_FEW_JOBS = 500
+DECISION_PAUSE = 3.0
+TELLING_S = 0.1
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +57,14 @@ class Scheduler:
         self._leadership = leadership
         self._store = store
         self._cluster = cluster
-        self._resize_interval_s = resize_interval_s
         self._closed_forgotten_in_epoch: int | None = None
         self._nodes: tuple[Node, ...] = ()
         self._troubles: dict[str, str] = {}
-        # By the clock of this process: another leader counts anew, which delays a resize and no more.
-        self._seen_running_at: dict[tuple[str, int], float] = {}
+        self._picture = Picture(resize_interval_s=resize_interval_s, stop_grace_s=make_launch.stop_grace_s)
+        self._usage = Usage(store)
+        self._reservations: tuple[Reservation, ...] = ()
+        self._next_decision_s = 0.0
+        self._told_until = 0
         self._nodes_at: float | None = None
         self._sweeper = Sweeper(store, files)
         self._follower = AttemptFollower(
@@ -99,8 +108,7 @@ class Scheduler:
             self._sweeper.step(lease)
             if not admitting:
                 return num_live > 0
-            num_started = self._admit(lease)
-            self._resize(lease)
+            num_started = self._decide(lease)
             return num_live + num_started > 0
         except LeaseLost as error:
             logger.warning("The lease went to another scheduler: %s", error)
@@ -180,50 +188,64 @@ class Scheduler:
                 self._troubles.pop(entry.job.id, None)
         return len(live)
 
-    def _admit(self, lease: Lease) -> int:
-        self._store.fail_hopeless(lease)
-        held_back = self._store.held_back()
-        queued = [job for job in self._store.queued_jobs() if job.id not in held_back]
-        for job_id, why in held_back.items():
-            if why.waits_for:  # a job that pauses before a retry says so already
-                self._store.set_message(lease, job_id, _why_held_back(why))
-        if not queued:
+    def _decide(self, lease: Lease) -> int:
+        """Have jobs start, stop, shrink and grow as the policy says, and tell those that wait why; the starts' number.
+
+        With many thousands of jobs this takes a while, and then it is not done at every iteration, so that what runs
+        is followed all the same.
+        """
+        began_s = time.monotonic()
+        if began_s < self._next_decision_s:
             return 0
-        starts, waits = admit(queued, self._store.live_attempts(), self._nodes)
-        for start in starts:
+        self._store.fail_hopeless(lease)
+        live = self._store.live_attempts()
+        active = self._picture.active(live, began_s)
+        usage_s = self._usage.accrue(lease, active, self._nodes, began_s)
+        queued = self._store.queued_jobs(limit=MAX_QUEUED)
+        if not queued and not any(job.is_movable for job in active):
+            self._reservations = ()
+            return 0
+        decision = decide(
+            self._picture.pending(queued, self._store.held_back()),
+            active,
+            self._nodes,
+            queues=self._store.queues(),
+            usage_s=usage_s,
+            reservations=self._reservations,
+            now_s=began_s,
+        )
+        self._reservations = decision.reservations
+        self._apply(decision, queued, live, lease)
+        took_s = time.monotonic() - began_s
+        if len(queued) > NUM_FEW_JOBS:
+            self._next_decision_s = time.monotonic() + DECISION_PAUSE * took_s
+        return len(decision.starts)
+
+    def _apply(self, decision: Decision, queued: Sequence[Job], live: Sequence[LiveAttempt], lease: Lease) -> None:
+        jobs = {job.id: job for job in queued}
+        numbers = {entry.job.id: entry.attempt.number for entry in live}
+        for start in decision.starts:
             reach(CrashPoint.BEFORE_CLAIM)
-            attempt = self._store.create_attempt(self._leadership.keep(), start.job.id, node_ids=start.node_ids)
+            attempt = self._store.create_attempt(self._leadership.keep(), start.job_id, node_ids=start.node_ids)
             reach(CrashPoint.AFTER_CLAIM)
             if attempt is not None:
-                self._follower.launch(start.job, attempt)
-        for wait in waits:
-            if wait.message != wait.job.message:
-                self._store.set_message(lease, wait.job.id, wait.message)
-        return len(starts)
-
-    def _resize(self, lease: Lease) -> None:
-        """Ask elastic jobs to go on with more or fewer workers, where that is of use."""
-        live = self._store.live_attempts()
-        now = time.monotonic()
-        self._seen_running_at = {
-            key: self._seen_running_at.get(key, now)
-            for entry in live
-            if entry.attempt.status is AttemptStatus.RUNNING
-            for key in [(entry.job.id, entry.attempt.number)]
-        }
-        if not any(entry.job.spec.workers.is_elastic for entry in live):
-            return
-        settled = {key for key, since in self._seen_running_at.items() if now - since >= self._resize_interval_s}
-        for resize in decide_resizes(self._store.queued_jobs(), live, self._nodes, settled=settled):
+                self._follower.launch(jobs[start.job_id], attempt)
+        for preemption in decision.preemptions:
+            number = numbers[preemption.job_id]
+            self._store.mark_preempting(lease, preemption.job_id, number, message=preemption.message)
+        for resize in decision.resizes:
             self._store.mark_resizing(
-                lease,
-                resize.live.job.id,
-                resize.live.attempt.number,
-                node_ids=resize.node_ids,
-                message=resize.message,
+                lease, resize.job_id, numbers[resize.job_id], node_ids=resize.node_ids, message=resize.message
             )
+        self._tell([wait for wait in decision.waits if wait.message != jobs[wait.job_id].message], lease)
 
-
-def _why_held_back(why: HeldBack) -> str:
-    shown = ", ".join(why.waits_for[:3]) + (", …" if len(why.waits_for) > 3 else "")
-    return f"Waits for the success of {len(why.waits_for)} job(s): {shown}."
+    def _tell(self, news: Sequence[Wait], lease: Lease) -> None:
+        """Tell jobs why they wait, for a moment: each is a transaction. Those that are not reached come first next."""
+        until_s = time.monotonic() + TELLING_S
+        first = self._told_until % len(news) if news else 0
+        for num_told, wait in enumerate((*news[first:], *news[:first]), start=1):
+            self._store.set_message(lease, wait.job_id, wait.message)
+            if time.monotonic() > until_s:
+                self._told_until = first + num_told
+                return
+        self._told_until = 0

@@ -4,6 +4,7 @@ import pytest
 
 from service.domain.job import JobStatus
 from service.domain.placement import Node, Resources
+from service.domain.spec import parse_spec
 from tests.fakes import FakeService, spec_data
 
 CAPACITY = [Node(id="n1", address="10.0.0.1", total=Resources(cpus=4.0, gpus=1, memory_bytes=2**30))]
@@ -129,12 +130,29 @@ def test_plan_says_how_a_job_would_run_and_starts_nothing(service, api):
     assert plan["resources"] == {"cpus": 3.0, "gpus": 0, "memory_bytes": 0}
     assert (plan["fits"], plan["reason"]) == (None, "The scheduler has not seen the cluster yet.")
     service.store.record_nodes(service.scheduler._lease(), CAPACITY)
-    assert api.post("/v1/jobs/plan", json=data).json()["fits"] is True
+    plan = api.post("/v1/jobs/plan", json=data).json()
+    assert plan["fits"] is True
+    assert plan["start"] == {"now": True, "message": None, "position": None, "in_s": 0.0}
     waits = api.post("/v1/jobs/plan", json={**data, "workers": 5}).json()
     assert waits["fits"] is False
     assert "wait" in waits["reason"]
     assert not service.store.list_jobs().jobs
     assert service.nudges == 0
+
+
+def test_plan_says_why_a_job_would_wait_and_for_how_long(service, api):
+    lease = service.scheduler._lease()
+    service.store.record_nodes(lease, CAPACITY)
+    num_cpus = int(sum(node.total.cpus for node in CAPACITY))
+    running, _ = service.store.submit(parse_spec(spec_data(workers=num_cpus, expected_s=600)))
+    service.store.create_attempt(lease, running.id, node_ids=[CAPACITY[0].id] * num_cpus)
+    ahead, _ = service.store.submit(parse_spec(spec_data(workers=2, expected_s=60)))
+    start = api.post("/v1/jobs/plan", json=spec_data(workers=num_cpus)).json()["start"]
+    assert (start["now"], start["position"]) == (False, 2)
+    assert start["message"] == f"Needs {num_cpus} × (1 CPU) at once; 0 free. 2nd in queue default."
+    # The store dates the attempt a moment before the cluster was seen, or after.
+    assert start["in_s"] == pytest.approx(660, abs=30)
+    assert service.store.get(ahead.id).message == "Waits to be placed.", "nothing is started or told"
 
 
 def test_list_pages_newest_first(service, api):

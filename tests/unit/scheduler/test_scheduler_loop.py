@@ -67,8 +67,10 @@ def test_whoever_waits_is_told_why(house, scheduler):
     scheduler.step()
     scheduler.step()
     assert house.store.get(running).status is JobStatus.STARTING
-    assert house.store.get(first).message == "Needs 2 × (1 CPU) at once; 1 free now. First in line."
-    assert house.store.get(behind).message == "Waits for the jobs ahead of it."
+    assert house.store.get(first).message == "Needs 2 × (1 CPU) at once; 1 free. 1st in queue default."
+    assert house.store.get(behind).message == (
+        "Needs 1 × (1 CPU) at once; 1 free, held for jobs ahead of it. 2nd in queue default."
+    )
     assert house.store.get(huge).message.startswith("Waits for a larger cluster: ")
 
 

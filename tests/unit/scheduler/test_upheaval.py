@@ -15,7 +15,6 @@ from service.domain.job import AttemptStatus, JobStatus, Origin, Outcome, Reason
 from service.domain.journal import Resumed
 from service.domain.ports import SupervisorState
 from service.scheduler import sweeper
-from service.scheduler.room import held_by
 from tests.fake_cluster import make_node
 
 NODES = (make_node("node-a", cpus=3), make_node("node-b", cpus=2), make_node("node-c", cpus=2))
@@ -150,7 +149,9 @@ class Upheaval:
         assert len({entry.job.id for entry in live}) == len(live), "a job runs twice"
         held = Counter()
         for entry in live:
-            held += held_by(entry.attempt)
+            attempt = entry.attempt
+            following = attempt.target_node_ids if attempt.stop_reason is Reason.RESIZED else ()
+            held += Counter(attempt.node_ids) | Counter(following)
             assert entry.attempt.world_size in exact_worlds(entry.job.spec)
             assert entry.job.status in (JobStatus.STARTING, JobStatus.RUNNING, JobStatus.STOPPING)
         for node in NODES:

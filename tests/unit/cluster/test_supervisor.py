@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
+from service.cluster import supervisor as supervisor_module
 from service.cluster.launch_marker import read_launch_marker
 from service.cluster.supervisor import Supervisor
 from service.domain.errors import StorageError, UserCodeRefused
@@ -217,20 +218,20 @@ def test_a_fork_whose_checkpoint_cannot_be_read_fails_and_does_not_begin_anew(su
     assert "step 20 of job parent" in ended.message
 
 
-class _Rank:
-    """Stands in for a rank's actor that answers a kill as told, one answer after another."""
+class _Gang:
+    """Stands in for a gang one of whose actors answers a kill as told, one answer after another."""
 
     def __init__(self, *answers):
         self._answers = list(answers)
-        self.kill = self
         self.num_asked = 0
 
-    async def remote(self):
+    async def kill_rank(self, rank):
+        assert rank == 1
         self.num_asked += 1
         answer = self._answers.pop(0)
         if isinstance(answer, BaseException):
             raise answer
-        return await answer
+        return await answer()
 
 
 async def _at_once():
@@ -247,9 +248,8 @@ def _verdict(supervisor, monkeypatch, *answers, alive=()):
     monkeypatch.setattr(supervisor_module, "_alive_node_ids", lambda: frozenset(alive))
 
     async def judge():
-        rank = _Rank(*(answer() if callable(answer) else answer for answer in answers))
-        supervisor._ranks = [object(), rank]
-        return await supervisor._await_verdict(1), rank.num_asked
+        supervisor._gang = gang = _Gang(*answers)
+        return await supervisor._await_verdict(1), gang.num_asked
 
     return asyncio.run(judge())
 

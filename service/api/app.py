@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, FastAPI
 from starlette.responses import JSONResponse
 
 from service.api.auth import TokenGuard
+from service.api.direct import Shortcut
 from service.api.feeds import Feeds
 from service.api.limits import UPLOAD_DEADLINE_S, Allowance, BodyLimit
 from service.api.parts import Parts
@@ -83,7 +84,6 @@ def create_app(
         redirect_slashes=False,
         separate_input_output_schemas=False,
     )
-    app.state.guard = guard
     app.state.parts = Parts(
         store=store,
         files=files,
@@ -102,10 +102,10 @@ def create_app(
     )
     install_problem_handlers(app)
     v1 = APIRouter(prefix="/v1")
-    v1.include_router(jobs.direct_router)
     for resource in (jobs, plan, lifecycle, history, logs, checkpoints, stream, bundles, datasets, queues, cluster):
         v1.include_router(resource.router)
     app.include_router(v1)
+    app.router.routes.insert(0, Shortcut("POST", "/v1/jobs", jobs.submit_job, guard))
     app.include_router(health.router)
 
     @app.get("/openapi.json", include_in_schema=False)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from service.api import idempotency
 from service.api import owner as owners
 from service.api.body import Document, read_document
-from service.api.direct import DirectRoute, header_parameters
+from service.api.direct import header_parameters
 from service.api.fit import fit_problem
 from service.api.idempotency import OWNER, REPLAYED_HEADER, read_key
 from service.api.owner import read_owner
@@ -25,7 +25,6 @@ from service.domain.uploads import brings_something
 
 logger = logging.getLogger(__name__)
 router = APIRouter(prefix="/jobs", tags=["jobs"])
-direct_router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=DirectRoute)
 
 MAX_LIGHT_BYTES = 16 << 10
 """A larger job is checked in a thread, so that no one else waits for it."""
@@ -44,7 +43,7 @@ CREATED: dict[int | str, dict[str, Any]] = {
 }
 
 
-@direct_router.post("", status_code=201, openapi_extra=SPEC_BODY | HEADERS, responses=CREATED, response_model=Job)
+@router.post("", status_code=201, openapi_extra=SPEC_BODY | HEADERS, responses=CREATED, response_model=Job)
 async def submit_job(request: Request) -> Response:
     """Submit a job. Once this is answered, no crash loses it."""
     parts = await parts_of(request)

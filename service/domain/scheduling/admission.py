@@ -136,14 +136,17 @@ class Admission:
         # What did not fit for so long does not fit for longer, nor later: room only shrinks on the way.
         tried_for_s: dict[Size, float] = {}
         for job in self.line:
+            tried_s = tried_for_s.get(job.size)
+            has_failed = tried_s is not None and job.stays_s >= tried_s and job.queue in self._passed
+            if has_failed and job.queue in self._free_queues and job.obstacle is None:
+                continue  # most of a long line
             if job.id in self.starts or job.id in self.reservations:
                 continue
             hindrance = self._hindrance(job)
             if hindrance is not None:
                 self.hindrances[job.id] = hindrance
                 continue
-            tried_s = tried_for_s.get(job.size)
-            if tried_s is not None and job.stays_s >= tried_s and job.queue in self._passed:
+            if has_failed:
                 continue
             if self._start(job):
                 continue

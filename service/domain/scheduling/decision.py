@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,8 @@ class Why:
     starts_in_s: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Wait:
-    """A job that stays queued.
+class Wait(NamedTuple):
+    """A job that stays queued; a tuple, for there are many thousands of them at each decision.
 
     Attributes:
         job_id: which.

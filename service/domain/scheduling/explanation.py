@@ -17,7 +17,6 @@ class Explanation:
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self._num_free: dict[Amount, int] = {}
-        self._shared: dict[tuple[Size, str], Why] = {}
 
     def waits(self) -> tuple[Wait, ...]:
         """Return all that wait, by queue and place."""
@@ -26,22 +25,28 @@ class Explanation:
         for queue, jobs in self._admission.line.by_queue.items():
             position = told_until = 0
             behind = ""
+            shared: dict[Size, Why] = {}  # by those that are told the same
             for job in jobs:
-                if job.id in starts:
+                job_id = job.id
+                if job_id in starts:
                     continue
-                hindrance = hindrances.get(job.id)
+                hindrance = hindrances.get(job_id)
                 if hindrance is not None and hindrance.cause is not Cause.QUOTA:
-                    why = self._why(job, hindrance.cause, hindrance.detail)
-                    waits.append(Wait(job_id=job.id, position=None, why=why))
+                    waits.append(Wait(job_id, None, self._why(job, hindrance.cause, hindrance.detail)))
                     continue
                 position += 1
                 if position <= EXACT_PLACES:
-                    why = self._near(job, hindrance, position)
+                    waits.append(Wait(job_id, position, self._near(job, hindrance, position)))
+                elif hindrance is not None:
+                    waits.append(Wait(job_id, position, self._why(job, hindrance.cause, hindrance.brief)))
                 else:
                     if position > told_until:
                         behind, told_until = far_behind(position, queue)
-                    why = self._far(job, hindrance, behind)
-                waits.append(Wait(job_id=job.id, position=position, why=why))
+                        shared = {}
+                    why = shared.get(job.size)
+                    if why is None:
+                        why = shared[job.size] = self._why(job, self._cause(job), behind)
+                    waits.append(Wait(job_id, position, why))
         return tuple(waits)
 
     def _near(self, job: Pending, hindrance: Hindrance | None, position: int) -> Why:
@@ -54,14 +59,6 @@ class Explanation:
         held = ", held for jobs ahead of it" if cause is Cause.RESERVED else ""
         start = "" if starts_in_s is None else f"; {about(starts_in_s)}"
         return self._why(job, cause, f"{need(job, self._free_for(job))}{held}. {place}{start}.", starts_in_s)
-
-    def _far(self, job: Pending, hindrance: Hindrance | None, behind: str) -> Why:
-        told = behind if hindrance is None else hindrance.brief
-        why = self._shared.get((job.size, told))
-        if why is None:
-            cause = self._cause(job) if hindrance is None else hindrance.cause
-            why = self._shared[job.size, told] = self._why(job, cause, told)
-        return why
 
     def _why(self, job: Pending, cause: Cause, message: str, starts_in_s: float | None = None) -> Why:
         return Why(

@@ -21,8 +21,12 @@ NAMING_S = 5.0
 RECOVERY_S = 90.0
 
 
-def stop_a_rank(service: EmbeddedServiceProcess, *, num_workers: int, victim: int, num_steps: int) -> None:
-    """SIGSTOP one rank; it is named and killed in time, and the job goes on to its end."""
+def stop_a_rank(service: EmbeddedServiceProcess, *, num_workers: int, victim: int, num_steps: int) -> float:
+    """SIGSTOP one rank; it is named and killed in time, and the job goes on to its end.
+
+    Returns:
+        How long it took to name it, in seconds.
+    """
     job_id = service.submit(digits_job(steps=num_steps, workers=num_workers))
     service.wait_for_step(job_id, 15)
     pids = service.training_pids(job_id)
@@ -39,15 +43,19 @@ def stop_a_rank(service: EmbeddedServiceProcess, *, num_workers: int, victim: in
     assert noticed_s < COLLECTIVE_TIMEOUT_S + NAMING_S
     assert not any(map(is_alive, pids))
     _assert_goes_on_to_its_end(service, job_id, num_steps)
+    return noticed_s
 
 
-def kill_a_part_of_ray(service: EmbeddedServiceProcess, *, victim: str, num_steps: int) -> None:
+def kill_a_part_of_ray(service: EmbeddedServiceProcess, *, victim: str, num_steps: int) -> tuple[float, int]:
     """`kill -9` of one of Ray's own processes: the API answers, nothing runs twice, the job goes on.
 
     Args:
         service: that runs.
         victim: ``gcs_server``, ``raylet``, or ``ray`` for the command that watches over both.
         num_steps: of the job; enough that it still runs when the fault comes.
+
+    Returns:
+        How long it was until the job ran again, in seconds, and how often the API answered.
     """
     job_id = service.submit(digits_job(steps=num_steps))
     service.wait_for_step(job_id, 15)
@@ -74,6 +82,7 @@ def kill_a_part_of_ray(service: EmbeddedServiceProcess, *, victim: str, num_step
     attempts = _attempts(service, job_id)
     assert len(attempts) == 2, attempts
     assert attempts[1]["resumed_from_step"] >= 10, "more than a checkpoint interval was lost"
+    return recovered_s, watch.num_answers
 
 
 def _part_of_ray(service: EmbeddedServiceProcess, name: str) -> int:

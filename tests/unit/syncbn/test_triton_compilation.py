@@ -22,6 +22,9 @@ import triton.language as tl
 
 from tests.compilation import Gpu, Variant, compile_kernel, compile_step, examine
 
+# The compiler takes a minute and a half for all of them, and longer beside other tests.
+pytestmark = pytest.mark.timeout(600)
+
 GPUS = {
     "sm_90": (Gpu(capability=90, num_processors=132), ("float32", "bfloat16", "float16")),
     "sm_80": (Gpu(capability=80, num_processors=108), ("float32", "bfloat16")),

@@ -47,8 +47,7 @@ format: $(STAMP)  ## Format the code and apply the safe lint fixes
 	$(BIN)/ruff check --fix .
 
 test: check $(NATIVE)  ## Set up, check, and run the whole suite
-	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/unit tests/contract $(PYTEST_ARGS)
-	$(BIN)/pytest tests/integration tests/acceptance $(PYTEST_ARGS)
+	$(BIN)/pytest $(PYTEST_ARGS)
 
 soak: $(STAMP) $(NATIVE)  ## Inject every fault many times (half an hour); the report goes to benchmarks/results/
 	timeout --kill-after=30 3600 $(BIN)/pytest tests/soak --timeout 900 $(PYTEST_ARGS)

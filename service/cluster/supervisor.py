@@ -114,7 +114,8 @@ class Supervisor:
             return await asyncio.to_thread(
                 take_launch_marker, self._store, self._launch.job_id, self._launch.attempt, self._name
             )
-        except (OSError, ServiceError):
+        except Exception:
+            # Each storage has errors of its own; without an answer the attempt would be waited for for ever.
             logger.exception("The launch marker could not be written")
             return False
 

@@ -81,6 +81,8 @@ class SupervisorPool:
 
     def give_back(self, supervisor: NamedSupervisor, job_id: str, attempt: int) -> None:
         """Take one back once it has left an attempt; if it cannot, it ends."""
+        if supervisor.name in self.names:
+            return  # it is here already: counted twice, it would be given away twice
         self._changed_at = time.monotonic()
         answer = supervisor.actor.release.remote(job_id, attempt)
         self._returning.append(_Returning(supervisor=supervisor, answer=answer))

@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_gives_the_same_r
         start_timeout_s=1.0,
         stop_grace_s=1.0,
     )
-    supervisor = Supervisor(launch)
+    supervisor = Supervisor(launch, "supervisor/one")
     chosen = asyncio.run(supervisor._choose_checkpoint())
     assert chosen == five
     (record,) = asyncio.run(supervisor.read(0, 0.0))

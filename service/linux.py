@@ -47,6 +47,23 @@ def group_is_alive(pgid: int) -> bool:
     return True
 
 
+def group_runs(pgid: int) -> bool:
+    """Return whether any process of a group still runs; one that nobody reaps holds neither files nor devices."""
+    if not group_is_alive(pgid):
+        return False
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            state, group = _state_and_group(process / "stat")
+            states = [state]
+            if group == pgid and state == "Z":  # its other threads may live on
+                states = [_state_and_group(thread / "stat")[0] for thread in (process / "task").iterdir()]
+        except OSError:  # gone
+            continue
+        if group == pgid and any(state not in "ZX" for state in states):
+            return True
+    return False
+
+
 def punch_hole(descriptor: int, offset: int, num_bytes: int) -> None:
     """Give back the room on disk of a part of a file, which then reads as zeros; its size stays.
 
@@ -77,11 +94,16 @@ def process_state(pid: int) -> str | None:
     See proc_pid_stat(5). A process whose main thread has ended waits to be reaped and counts as ended.
     """
     try:
-        # The name, in parentheses, may hold anything.
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state, _ = _state_and_group(Path(f"/proc/{pid}/stat"))
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if state in "ZX" else state
+
+
+def _state_and_group(stat: Path) -> tuple[str, int]:
+    # The name, in parentheses, may hold anything.
+    state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+    return state, int(group)
 
 
 def _prctl(option: int, argument: int) -> None:

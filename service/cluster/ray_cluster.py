@@ -151,7 +151,7 @@ class RayCluster:
         except RayError:
             logger.exception("The supervisor of %s attempt %d could not answer", job_id, attempt)
             return JournalPage(state=SupervisorState.UNREACHABLE, records=())
-        if records is None and after == 0 and self._may_be_on_its_way(key):
+        if records is None and after == 0 and self._may_be_on_its_way(key, read.supervisor):
             return JournalPage(state=SupervisorState.ALIVE, records=())
         if records is None:
             self._pool.give_back(read.supervisor, job_id, attempt)
@@ -221,16 +221,16 @@ class RayCluster:
         found = self._supervisors[job_id, attempt] = NamedSupervisor(name=name, actor=actor)
         return found
 
-    def _may_be_on_its_way(self, key: tuple[str, int]) -> bool:
-        """Return whether an attempt was given to its supervisor so lately that this may not know of it yet.
+    def _may_be_on_its_way(self, key: tuple[str, int], asked: NamedSupervisor) -> bool:
+        """Return whether an attempt was given to its supervisor so lately that this may not have known of it yet.
 
-        One that another supervisor has by now is not.
+        It may know by now: then the marker has its name. One that another supervisor has is not on its way.
         """
         assigned_at = self._assigned_at.get(key)
         if assigned_at is None or time.monotonic() - assigned_at >= ARRIVAL_S:
             return False
         with suppress(OSError, ServiceError):
-            return read_launch_marker(self._storage, *key) is None
+            return read_launch_marker(self._storage, *key) in (None, asked.name)
         return True
 
     def _not_there(self, key: tuple[str, int], asked: NamedSupervisor) -> JournalPage:

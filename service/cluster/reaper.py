@@ -6,9 +6,8 @@ import socket
 import struct
 import time
 from contextlib import suppress
-from pathlib import Path
 
-from service.linux import group_is_alive, kill_group, set_process_name
+from service.linux import group_runs, kill_group, set_process_name
 
 _MESSAGE = struct.Struct("?i")
 _RECHECK_S = 0.05
@@ -75,28 +74,7 @@ def _run(forkserver: socket.socket) -> None:
     while fences:
         for pgid in list(fences):
             kill_group(pgid)
-            if not _runs(pgid):
+            if not group_runs(pgid):
                 os.close(fences.pop(pgid))
         time.sleep(_RECHECK_S)
     os._exit(0)
-
-
-def _runs(pgid: int) -> bool:
-    """Return whether any process of a group still runs; one that nobody reaps holds neither files nor devices."""
-    if not group_is_alive(pgid):
-        return False
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (process / "stat").read_text().rpartition(")")[2].split()
-            states = [fields[0]]
-            if int(fields[2]) == pgid and fields[0] == "Z":  # its other threads may live on
-                states = [_state(thread / "stat") for thread in (process / "task").iterdir()]
-        except OSError:  # gone
-            continue
-        if int(fields[2]) == pgid and any(state not in "ZX" for state in states):
-            return True
-    return False
-
-
-def _state(stat: Path) -> str:
-    return stat.read_text().rpartition(")")[2].split()[0]

@@ -12,8 +12,8 @@ from tests.acceptance.embedded_service import EmbeddedServiceProcess, digits_job
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
 NUM_SUPERVISORS, NUM_RANKS = 1, 2
-# Of a supervisor that is ready, and of a rank actor that is and has no attempt, as Ray names processes.
-SUPERVISOR, WAITING_RANK = "ray::SupervisorActor", "ray::RankActor.until_dead"
+# As Ray names processes: those that are ready, and one that starts.
+SUPERVISOR, RANK, STARTS = "ray::SupervisorActor", "ray::RankActor", ".__init__"
 # What waits beyond these numbers does so for 10 s.
 TIMEOUT_S = 40.0
 
@@ -22,7 +22,8 @@ def _pids(service: EmbeddedServiceProcess, beginning: str) -> set[int]:
     found = set()
     for process in service.processes():
         try:
-            if "".join(process.cmdline()).startswith(beginning):
+            command = "".join(process.cmdline())
+            if command.startswith(beginning) and not command.startswith(beginning + STARTS):
                 found.add(process.pid)
         except psutil.NoSuchProcess:
             continue
@@ -31,7 +32,7 @@ def _pids(service: EmbeddedServiceProcess, beginning: str) -> set[int]:
 
 def _wait_until_at_rest(service: EmbeddedServiceProcess) -> None:
     def counts() -> tuple[int, int]:
-        return len(_pids(service, SUPERVISOR)), len(_pids(service, "ray::RankActor"))
+        return len(_pids(service, SUPERVISOR)), len(_pids(service, RANK))
 
     wait_until(lambda: counts() == (NUM_SUPERVISORS, NUM_RANKS), TIMEOUT_S, lambda: f"{counts()}\n{service.all_logs()}")
 
@@ -39,7 +40,7 @@ def _wait_until_at_rest(service: EmbeddedServiceProcess) -> None:
 def test_a_job_is_run_by_processes_that_waited_and_none_of_them_pile_up(service: EmbeddedServiceProcess) -> None:
     for _ in range(2):
         _wait_until_at_rest(service)
-        waited = _pids(service, SUPERVISOR) | _pids(service, WAITING_RANK)
+        waited = _pids(service, SUPERVISOR) | _pids(service, RANK)
         job_id = service.submit(digits_job(steps=300))
         service.wait_for_step(job_id, 1)
         assert service.supervisor_pid(job_id) in waited
@@ -50,7 +51,7 @@ def test_a_job_is_run_by_processes_that_waited_and_none_of_them_pile_up(service:
 
 def test_what_died_while_it_waited_is_replaced(service: EmbeddedServiceProcess) -> None:
     _wait_until_at_rest(service)
-    killed = _pids(service, SUPERVISOR) | _pids(service, WAITING_RANK)
+    killed = _pids(service, SUPERVISOR) | _pids(service, RANK)
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in killed), TIMEOUT_S, service.all_logs)
@@ -69,7 +70,7 @@ def test_a_new_scheduler_ends_what_waited_for_the_one_before(service: EmbeddedSe
 
 def test_nothing_that_waits_computes(service: EmbeddedServiceProcess) -> None:
     _wait_until_at_rest(service)
-    waiting = [psutil.Process(pid) for pid in _pids(service, SUPERVISOR) | _pids(service, WAITING_RANK)]
+    waiting = [psutil.Process(pid) for pid in _pids(service, SUPERVISOR) | _pids(service, RANK)]
     before = [_cpu_s(process) for process in waiting]
     psutil.cpu_percent(interval=3.0)
     spent_s = [_cpu_s(process) - earlier for process, earlier in zip(waiting, before, strict=True)]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from service.linux import die_with_parent, group_is_alive, process_state
+from service.linux import die_with_parent, group_is_alive, group_runs, process_state
 
 DEADLINE_S = 20.0
 
@@ -92,6 +92,24 @@ def test_a_group_that_never_was_is_not_alive():
     done = subprocess.Popen(["true"], process_group=0)
     done.wait(DEADLINE_S)
     assert not group_is_alive(done.pid)
+
+
+def test_a_group_of_which_only_the_dead_are_left_does_not_run():
+    with subprocess.Popen(["sleep", "1000"], process_group=0) as leader:
+        assert group_runs(leader.pid)
+        leader.kill()
+        os.waitid(os.P_PID, leader.pid, os.WEXITED | os.WNOWAIT)
+        assert group_is_alive(leader.pid)
+        assert not group_runs(leader.pid)
+    assert not group_runs(leader.pid)
+
+
+def test_a_group_of_a_dead_leader_and_a_living_member_runs():
+    leader = subprocess.Popen(["sh", "-c", "sleep 1000 & exit"], process_group=0)
+    os.waitid(os.P_PID, leader.pid, os.WEXITED | os.WNOWAIT)
+    assert group_runs(leader.pid)
+    os.killpg(leader.pid, signal.SIGKILL)
+    leader.wait(DEADLINE_S)
 
 
 def test_a_refused_request_to_the_kernel_is_an_error():

@@ -109,6 +109,20 @@ def test_an_attempt_that_was_launched_twice_is_read_where_the_marker_says(ray, c
     assert other.asked("assign")[-1].arguments[0].attempt == 2
 
 
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_question_that_overtakes_an_attempt_costs_it_nothing(ray, connect, store, has_begun):
+    cluster = connect()
+    _launch(cluster)
+    (supervisor,) = ray.actors
+    cluster.read("job", 1, after=0)
+    _answer_read(supervisor, None)
+    if has_begun:  # by the time the answer is looked at
+        take_launch_marker(store, "job", 1, supervisor.options["name"])
+    assert cluster.read("job", 1, after=0).state is SupervisorState.ALIVE
+    assert not supervisor.asked("release")
+    assert supervisor.is_alive
+
+
 def test_a_supervisor_that_has_left_an_attempt_says_so(ray, connect, store):
     _launch(connect())
     take_launch_marker(store, "job", 1, ray.actors[0].options["name"])

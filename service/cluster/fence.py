@@ -58,13 +58,22 @@ class Fences:
         directory.mkdir(parents=True, mode=0o700, exist_ok=True)
 
     def put_up(self, holding: Holding) -> Fence:
-        """Put a fence around a holding. It is locked before anybody else can see it."""
+        """Put a fence around a holding. It is locked before anybody else can see it.
+
+        Raises:
+            OSError: it cannot be written, such as on a full disk; then there is none.
+        """
         name = uuid.uuid4().hex
         hidden = self._directory / f".{name}"
         fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        os.write(fd, json.dumps([holding.job_id, holding.attempt, holding.devices]).encode())
-        hidden.rename(self._directory / name)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            os.write(fd, json.dumps([holding.job_id, holding.attempt, holding.devices]).encode())
+            hidden.rename(self._directory / name)
+        except OSError:
+            os.close(fd)
+            hidden.unlink(missing_ok=True)
+            raise
         return Fence(name=name, fd=fd)
 
     def in_force(self, *, but: Set[str]) -> list[Holding]:

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from service.cluster.fence import FENCES
-from service.cluster.rank_directory import clear_abandoned, clear_work_dir
+from service.cluster.rank_directory import AbandonedDirectories, clear_work_dir
 from service.cluster.rank_pool import LentRank, RankPool
 from service.cluster.training_environment import training_environment
 
@@ -69,11 +69,12 @@ class NodeAgent:
         self._ranks.take_back(ids)
 
     def _clear_abandoned_forever(self) -> None:
+        abandoned = AbandonedDirectories()
         while True:
             # Also below the names that this machine had as another node, before it was restarted.
             for work_dir in self._work_dir.parent.glob("*"):
                 try:
-                    clear_abandoned(work_dir)
+                    abandoned.clear(work_dir)
                 except OSError as error:
                     logger.warning("What was abandoned in %s could not be cleared: %s", work_dir, error)
             time.sleep(LOOK_FOR_ABANDONED_S)

@@ -22,7 +22,7 @@ from service.cluster.log_shipper import SHIP_INTERVAL_S, LogShipper, ShippingThr
 from service.cluster.memory_watch import LOOK_INTERVAL_S, MemoryWatch
 from service.cluster.names import NAMESPACE, node_agent_name
 from service.cluster.preparation import Preparation
-from service.cluster.rank_directory import RankDirectory, RankOwner, clear_abandoned
+from service.cluster.rank_directory import RankDirectory, RankOwner
 from service.cluster.rank_end import RankEnd
 from service.cluster.report_sender import ReportSender
 from service.domain.errors import UserCodeRefused
@@ -104,7 +104,6 @@ class RankActor:
         self._attempt = (launch.job_id, launch.attempt)
         self._store.check_identity(launch.storage_id)
         self._work_dir = Path(self._find_forkserver()[1])
-        clear_abandoned(self._work_dir)
         self._directory: RankDirectory | None = RankDirectory(self._work_dir, RankOwner.of(launch, rank))
         directory = log_dir(launch.job_id, launch.attempt, rank)
         max_bytes = launch.max_log_bytes

@@ -1,17 +1,18 @@
 """The node-local directory of a rank: its log under way and its staged checkpoints, for as long as its actor lives.
 
 When an actor is killed, its directory stays behind with what it had not shipped yet of its rank's output, which is
-wanted most just then. Whoever finds it ships that rest before removing it: the next rank actor on the node, or the
-node's agent.
+wanted most just then. The node's agent ships that rest before it removes the directory.
 """
 
 import fcntl
 import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -25,6 +26,9 @@ from service.storage.segments import SegmentWriter
 
 LOG_NAME = "output.log"
 OWNER_NAME = "owner.json"
+# Before a log that run storage has refused is offered again.
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 300.0
 
 logger = logging.getLogger(__name__)
 
@@ -93,22 +97,48 @@ class RankDirectory:
         _remove_if_empty(self.path.parent)
 
 
-def clear_abandoned(work_dir: Path) -> None:
-    """Ship what rank actors that were killed left of their logs on a node, and remove their directories.
+class AbandonedDirectories:
+    """Those of rank actors that were killed. Where run storage refuses a log, it is tried less and less often."""
 
-    Where run storage does not take a log now, it stays for the next call; staged checkpoints of whole models do not.
+    def __init__(self) -> None:
+        self._refused: dict[Path, _Refusal] = {}
 
-    Args:
-        work_dir: of the node.
-    """
-    for path in work_dir.glob("*/*/rank-*"):
-        with _holding(path) as is_held:
-            if is_held:
+    def clear(self, work_dir: Path) -> None:
+        """Ship what is left of logs on a node, and remove the directories.
+
+        Where run storage does not take a log now, it stays for a later call; staged checkpoints of whole models do
+        not.
+
+        Args:
+            work_dir: of the node.
+        """
+        for path in work_dir.glob("*/*/rank-*"):
+            refusal = self._refused.get(path)
+            if refusal is not None and time.monotonic() < refusal.retry_at:
+                continue
+            with _holding(path) as is_held:
+                if not is_held:
+                    continue
                 if _ship_rest(path):
+                    self._refused.pop(path, None)
                     shutil.rmtree(path, ignore_errors=True)
                     _remove_if_empty(path.parent)
                 else:
+                    self._refused[path] = _Refusal.after(refusal)
                     _remove_all_but_log(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Refusal:
+    """When what run storage refused is tried again, by the monotonic clock, and after how long a pause, in seconds."""
+
+    retry_at: float
+    pause_s: float
+
+    @classmethod
+    def after(cls, earlier: "_Refusal | None") -> "_Refusal":
+        pause_s = FIRST_PAUSE_S if earlier is None else min(2 * earlier.pause_s, LONGEST_PAUSE_S)
+        return cls(retry_at=time.monotonic() + pause_s, pause_s=pause_s)
 
 
 def _remove_if_empty(attempt_dir: Path) -> None:

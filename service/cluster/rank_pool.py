@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -20,6 +20,8 @@ REFILL_AFTER_S = 1.0
 # How long more of them than are to wait may wait for another attempt of their size.
 SURPLUS_S = 10.0
 WATCH_RETRY_S = 1.0
+# Whatever a long life gathers in a process goes with it.
+MAX_LOANS = 200
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +39,27 @@ class LentRank:
     actor: Any
 
 
+@dataclass(kw_only=True)
+class _Member:
+    """One of the pool's actors.
+
+    Attributes:
+        rank: how borrowers know it.
+        death: a reference that fails when it dies.
+        num_loans: how often it was lent.
+        idle_since: when it began to wait, by the monotonic clock.
+    """
+
+    rank: LentRank
+    death: Any
+    num_loans: int = 0
+    idle_since: float = field(default_factory=time.monotonic)
+
+
 class RankPool:
     """Safe to use from several threads.
+
+    The one that came back last is lent first, so that under any traffic those that are too many are left over.
 
     Args:
         node_id: whose actors.
@@ -49,9 +70,8 @@ class RankPool:
         self._node_id = node_id
         self._size = size
         self._lock = threading.Lock()
-        self._idle: list[LentRank] = []
-        self._lent: dict[tuple[str, int], dict[str, LentRank]] = {}
-        self._deaths: dict[str, Any] = {}  # by id: a reference that fails when the actor dies
+        self._idle: list[_Member] = []
+        self._lent: dict[tuple[str, int], dict[str, _Member]] = {}
         self._changed_at = time.monotonic() - REFILL_AFTER_S
         self._ending = ThreadPoolExecutor(max_workers=1, thread_name_prefix="end-loans")
 
@@ -63,17 +83,24 @@ class RankPool:
         key = (job_id, attempt)
         with self._lock:
             self._forget_dead()
-            lent = [self._idle.pop(0) if self._idle else self._start() for _ in range(count)]
-            self._lent.setdefault(key, {}).update((rank.id, rank) for rank in lent)
+            lent = [self._idle.pop() if self._idle else self._start() for _ in range(count)]
+            for member in lent:
+                member.num_loans += 1
+            self._lent.setdefault(key, {}).update((member.rank.id, member) for member in lent)
             self._changed_at = time.monotonic()
         self._watch(supervisor, key)
-        return lent
+        return [member.rank for member in lent]
 
     def take_back(self, ids: Sequence[str]) -> None:
         """Take actors back that have nothing left of an attempt."""
         with self._lock:
             for loan in self._lent.values():
-                self._idle += [loan.pop(rank_id) for rank_id in ids if rank_id in loan]
+                for member in [loan.pop(rank_id) for rank_id in ids if rank_id in loan]:
+                    if member.num_loans < MAX_LOANS:
+                        member.idle_since = time.monotonic()
+                        self._idle.append(member)
+                    else:
+                        ray.kill(member.rank.actor)
             self._changed_at = time.monotonic()
 
     def keep_up(self) -> None:
@@ -82,11 +109,9 @@ class RankPool:
             self._forget_dead()
             unchanged_s = time.monotonic() - self._changed_at
             if len(self._idle) < self._size and unchanged_s > REFILL_AFTER_S:
-                self._idle.append(self._start())
-            elif unchanged_s > SURPLUS_S:
-                for rank in self._idle[self._size :]:
-                    self._end(rank)
-                del self._idle[self._size :]
+                self._idle.insert(0, self._start())  # not ready yet
+            while len(self._idle) > self._size and time.monotonic() - self._idle[0].idle_since > SURPLUS_S:
+                ray.kill(self._idle.pop(0).rank.actor)
 
     def _watch(self, supervisor: Any, key: tuple[str, int]) -> None:  # noqa: ANN401
         over = supervisor.until_over.remote(*key).future()
@@ -99,24 +124,17 @@ class RankPool:
             threading.Timer(WATCH_RETRY_S, self._watch, [supervisor, key]).start()
             return
         with self._lock:
-            for rank in self._lent.pop(key, {}).values():
-                self._end(rank)
+            for member in self._lent.pop(key, {}).values():
+                ray.kill(member.rank.actor)
 
-    def _start(self) -> LentRank:
+    def _start(self) -> _Member:
         strategy = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
         rank_class: Any = ray.remote(RankActor)
         actor = rank_class.options(**RANK_OPTIONS, num_cpus=0, scheduling_strategy=strategy).remote()
-        rank = LentRank(id=uuid.uuid4().hex, actor=actor)
-        self._deaths[rank.id] = actor.until_dead.remote()
-        return rank
-
-    def _end(self, rank: LentRank) -> None:
-        self._deaths.pop(rank.id, None)
-        ray.kill(rank.actor)
+        return _Member(rank=LentRank(id=uuid.uuid4().hex, actor=actor), death=actor.until_dead.remote())
 
     def _forget_dead(self) -> None:
-        for rank in list(self._idle):
-            if ray.wait([self._deaths[rank.id]], timeout=0)[0]:
+        for member in list(self._idle):
+            if ray.wait([member.death], timeout=0)[0]:
                 logger.warning("A rank actor died that waited for an attempt")
-                self._idle.remove(rank)
-                del self._deaths[rank.id]
+                self._idle.remove(member)

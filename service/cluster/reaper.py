@@ -5,6 +5,7 @@ import signal
 import socket
 import struct
 import time
+from collections import deque
 from contextlib import suppress
 
 from service.linux import group_runs, kill_group, set_process_name
@@ -22,6 +23,7 @@ class Reaper:
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
+        self._forgotten: deque[int] = deque()
         self.pid = os.fork()
         if self.pid == 0:
             try:
@@ -36,12 +38,19 @@ class Reaper:
         Raises:
             OSError: the reaper is gone, or does not listen.
         """
+        self._send_forgotten()  # its number may be this one's
         socket.send_fds(self._socket, [_MESSAGE.pack(True, pgid)], [fence_fd])
 
     def forget(self, pgid: int) -> None:
         """Let go of a group that has ended; a reaper that is gone has nothing to let go of."""
-        with suppress(OSError):
-            self._socket.send(_MESSAGE.pack(False, pgid))
+        self._forgotten.append(pgid)
+        with suppress(OSError):  # what does not listen now is told later
+            self._send_forgotten()
+
+    def _send_forgotten(self) -> None:
+        while self._forgotten:
+            self._socket.send(_MESSAGE.pack(False, self._forgotten[0]))
+            self._forgotten.popleft()
 
     def close(self) -> None:
         """Have it end; what it watches ends too."""
@@ -69,7 +78,7 @@ def _run(forkserver: socket.socket) -> None:
             begins, pgid = _MESSAGE.unpack(message)
             if begins:
                 fences[pgid] = descriptors[0]
-            else:
+            elif pgid in fences:
                 os.close(fences.pop(pgid))
     while fences:
         for pgid in list(fences):

@@ -38,10 +38,15 @@ class NamedSupervisor:
 
 @dataclass(kw_only=True)
 class _Waiting:
-    """One without an attempt, and a reference that fails when it dies."""
+    """One without an attempt, since when, and a reference that fails when it dies."""
 
     supervisor: NamedSupervisor
     death: Any
+    since: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, supervisor: NamedSupervisor) -> "_Waiting":
+        return cls(supervisor=supervisor, death=supervisor.actor.until_dead.remote())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,8 @@ class _Returning:
 class SupervisorPool:
     """Used by one thread.
 
+    The one that came back last is taken first, so that under any traffic those that are too many are left over.
+
     Args:
         size: how many are to wait.
     """
@@ -64,6 +71,8 @@ class SupervisorPool:
         self._size = size
         self._waiting: list[_Waiting] = []
         self._returning: list[_Returning] = []
+        # Those of an earlier scheduler may be of an earlier version of the service; none of them gets an attempt.
+        self._own: set[str] = set()
         self._changed_at = time.monotonic() - REFILL_AFTER_S
 
     @property
@@ -74,10 +83,11 @@ class SupervisorPool:
     def take(self) -> NamedSupervisor:
         """Return one that waits, or is just coming back, or else start one."""
         if not self._waiting and self._returning:
-            ray.wait([entry.answer for entry in self._returning], timeout=RETURN_S)
+            patience_s = self._returning[-1].asked_at + RETURN_S - time.monotonic()
+            ray.wait([entry.answer for entry in self._returning], timeout=max(0.0, patience_s))
         self._settle()
         self._changed_at = time.monotonic()
-        return self._waiting.pop(0).supervisor if self._waiting else _start()
+        return self._waiting.pop().supervisor if self._waiting else self._start()
 
     def give_back(self, supervisor: NamedSupervisor, job_id: str, attempt: int) -> None:
         """Take one back once it has left an attempt; if it cannot, it ends."""
@@ -92,51 +102,50 @@ class SupervisorPool:
         self._settle()
         unchanged_s = time.monotonic() - self._changed_at
         if len(self._waiting) + len(self._returning) < self._size and unchanged_s > REFILL_AFTER_S:
-            self._wait(_start())
-        elif unchanged_s > SURPLUS_S:
-            for entry in self._waiting[self._size :]:
-                ray.kill(entry.supervisor.actor)
-            del self._waiting[self._size :]
+            self._waiting.insert(0, _Waiting.of(self._start()))  # not ready yet
+        while len(self._waiting) > self._size and time.monotonic() - self._waiting[0].since > SURPLUS_S:
+            self._end(self._waiting.pop(0).supervisor)
 
     def close(self) -> None:
         """End those that wait."""
         for supervisor in self._all():
-            ray.kill(supervisor.actor)
+            self._end(supervisor)
         self._waiting, self._returning = [], []
 
     def _all(self) -> list[NamedSupervisor]:
         return [entry.supervisor for entry in self._waiting] + [entry.supervisor for entry in self._returning]
-
-    def _wait(self, supervisor: NamedSupervisor) -> None:
-        self._waiting.append(_Waiting(supervisor=supervisor, death=supervisor.actor.until_dead.remote()))
 
     def _settle(self) -> None:
         """See who has come back, and who has died."""
         waiting, self._waiting = self._waiting, []
         for waits in waiting:
             if ray.wait([waits.death], timeout=0)[0]:
-                ray.kill(waits.supervisor.actor)  # dead already, or out of reach
+                self._end(waits.supervisor)  # dead already, or out of reach
             else:
                 self._waiting.append(waits)
         returning, self._returning = self._returning, []
         for entry in returning:
             if ray.wait([entry.answer], timeout=0)[0]:
                 state = _state(entry.answer)
-                if state is Release.FREE:
-                    self._wait(entry.supervisor)
-                elif state is Release.SPENT:
-                    ray.kill(entry.supervisor.actor)
+                if state is Release.FREE and entry.supervisor.name in self._own:
+                    self._waiting.append(_Waiting.of(entry.supervisor))
+                elif state is not Release.ELSEWHERE:
+                    self._end(entry.supervisor)
             elif time.monotonic() - entry.asked_at > PATIENCE_S:
                 logger.warning("A supervisor does not leave its attempt and is ended")
-                ray.kill(entry.supervisor.actor)
+                self._end(entry.supervisor)
             else:
                 self._returning.append(entry)
 
+    def _start(self) -> NamedSupervisor:
+        name = new_supervisor_name()
+        self._own.add(name)
+        supervisor: Any = ray.remote(SupervisorActor).options(name=name, namespace=NAMESPACE, **SUPERVISOR_OPTIONS)
+        return NamedSupervisor(name=name, actor=supervisor.remote(name))
 
-def _start() -> NamedSupervisor:
-    name = new_supervisor_name()
-    supervisor: Any = ray.remote(SupervisorActor).options(name=name, namespace=NAMESPACE, **SUPERVISOR_OPTIONS)
-    return NamedSupervisor(name=name, actor=supervisor.remote(name))
+    def _end(self, supervisor: NamedSupervisor) -> None:
+        self._own.discard(supervisor.name)
+        ray.kill(supervisor.actor)
 
 
 def _state(answer: Any) -> Release:  # noqa: ANN401 - Ray's references are untyped

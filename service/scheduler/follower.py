@@ -96,20 +96,33 @@ class AttemptFollower:
             return
         elif live.attempt.status is AttemptStatus.CREATED:
             self._launched_at.setdefault((job_id, number), time.monotonic())  # by whoever made the attempt
-            self._launch_again(live)
+            if self._launch_again(lease, live):
+                return
         # Also after records: a quick job has some at every look.
         self._ask_to_stop(lease, live)
 
-    def _launch_again(self, live: LiveAttempt) -> None:
-        """Repeat a launch that nothing has been heard of, now and then.
+    def _launch_again(self, lease: Lease, live: LiveAttempt) -> bool:
+        """Repeat a launch that nothing has been heard of, now and then; in the end give the attempt up.
 
         A supervisor that runs already is not disturbed; and of two, only one takes the launch marker.
+
+        Returns:
+            Whether the attempt was given up.
         """
         key = (live.job.id, live.attempt.number)
         now = time.monotonic()
-        if key not in self._launched_at or now - self._launched_at[key] > LAUNCH_REPEAT_S:
-            self._launched_at[key] = now
+        waited_s = now - self._unlaunched_since.setdefault(key, now)  # another leader counts anew
+        if key in self._launched_at and now - self._launched_at[key] <= LAUNCH_REPEAT_S:
+            return False
+        self._launched_at[key] = now
+        if waited_s < self._launch_timeout_s:
             self.launch(live.job, live.attempt)
+            return False
+        if not self._files.prevent_launch(*key):
+            return False  # it runs, and will be heard of
+        failure = Failure(error_type="LaunchFailed", message="The supervisor of the attempt did not start.")
+        self._seal_lost(lease, live, Reason.LAUNCH_FAILED, failure)
+        return True
 
     def _take(self, lease: Lease, live: LiveAttempt, records: Sequence[JournalRecord]) -> bool:
         """Store records; True if they end the attempt, which is then sealed."""
@@ -133,11 +146,8 @@ class AttemptFollower:
             if not records or not self._take(lease, live, records):
                 failure = Failure(error_type="SupervisorDied", message="The supervisor of the attempt died.")
                 self._seal_lost(lease, live, Reason.SUPERVISOR_LOST, failure)
-        elif self._waited_for_launch_s(live) < self._launch_timeout_s:
-            self._launch_again(live)
-        elif self._files.prevent_launch(job_id, number):
-            failure = Failure(error_type="LaunchFailed", message="The supervisor of the attempt did not start.")
-            self._seal_lost(lease, live, Reason.LAUNCH_FAILED, failure)
+        else:
+            self._launch_again(lease, live)
 
     def _ask_to_stop(self, lease: Lease, live: LiveAttempt) -> None:
         job_id, number = live.job.id, live.attempt.number
@@ -187,11 +197,6 @@ class AttemptFollower:
         self._heard.pop((job_id, number), None)
         self._sweeper.sweep_attempt(job_id, number)
         self._retire_checkpoints(lease, job)
-
-    def _waited_for_launch_s(self, live: LiveAttempt) -> float:
-        """Return how long this process has known of an attempt that has no supervisor; another leader counts anew."""
-        now = time.monotonic()
-        return now - self._unlaunched_since.setdefault((live.job.id, live.attempt.number), now)
 
     def _why_stop(self, live: LiveAttempt) -> Reason | None:
         if live.job.cancel_requested:

@@ -1,5 +1,7 @@
 """The supervisors that wait, without Ray. A failure means one for two attempts, or one that nobody ends."""
 
+import time
+
 import pytest
 
 from service.cluster import supervisor_pool
@@ -62,6 +64,51 @@ def test_the_machine_is_left_to_an_attempt_that_starts(ray, monkeypatch):
     pool.take()
     pool.keep_up()
     assert len(ray.actors) == 1
+
+
+def test_under_any_traffic_those_that_are_too_many_are_left_over(ray, monkeypatch):
+    pool = SupervisorPool(1)
+    burst = [pool.take() for _ in range(3)]
+    for supervisor in burst:
+        pool.give_back(supervisor, "job", 1)
+        supervisor.actor.asked("release")[-1].answer(Release.FREE)
+    pool.keep_up()
+    monkeypatch.setattr(supervisor_pool, "SURPLUS_S", 0.05)
+    for attempt in range(10):
+        time.sleep(0.01)
+        supervisor = pool.take()
+        assert supervisor is burst[-1]
+        pool.keep_up()
+        pool.give_back(supervisor, "job", attempt)
+        supervisor.actor.asked("release")[-1].answer(Release.FREE)
+    pool.keep_up()
+    assert [actor for actor in ray.actors if actor.is_alive] == [burst[-1].actor]
+
+
+def test_one_of_an_earlier_scheduler_ends_with_its_attempt(ray):
+    earlier = SupervisorPool(1).take()
+    pool = SupervisorPool(1)
+    pool.give_back(earlier, "job", 1)
+    earlier.actor.asked("release")[0].answer(Release.FREE)
+    assert pool.take() is not earlier
+    assert not earlier.actor.is_alive
+
+
+def test_one_that_does_not_come_back_is_waited_for_once(ray, monkeypatch):
+    waits = []
+    wait = ray.wait
+    monkeypatch.setattr(
+        ray, "wait", lambda references, timeout: (waits.append(timeout), wait(references, timeout=0))[1]
+    )
+    monkeypatch.setattr(supervisor_pool, "RETURN_S", 0.05)
+    pool = SupervisorPool(0)
+    pool.give_back(pool.take(), "job", 1)
+    waits.clear()
+    pool.take()
+    time.sleep(0.05)
+    pool.take()
+    assert max(waits) > 0
+    assert [timeout for timeout in waits if timeout] == [max(waits)]
 
 
 def test_too_many_that_wait_are_ended_after_a_while_and_all_at_the_end(ray, monkeypatch):

@@ -527,6 +527,40 @@ def test_a_supervisor_that_was_made_but_never_told_to_run_is_told_again(house, s
     assert {(launch.job_id, launch.attempt) for launch in house.cluster.launches} == {(job_id, 1)}
 
 
+@pytest.mark.parametrize("is_reachable", [True, False])
+def test_a_supervisor_that_never_begins_is_given_up_after_the_timeout(house, scheduler, monkeypatch, is_reachable):
+    """Ray may take an actor and never start it, and then says for ever that it is on its way."""
+    monkeypatch.setattr(follower, "LAUNCH_REPEAT_S", 0.0)
+    job_id = house.submit(retry={"budget": 0})
+    house.cluster.keeps_silent = True
+    scheduler.step()
+    if not is_reachable:
+        house.cluster.lose_touch(job_id, 1)
+    for _ in range(3):
+        house.cluster.loses_launches = True
+        scheduler.step()
+    assert house.store.get(job_id).status is JobStatus.STARTING
+    impatient = house.scheduler(launch_timeout_s=0.0)
+    impatient.step()
+    assert house.store.get(job_id).failure.error_type == "LaunchFailed"
+    assert not house.files.prevent_launch(job_id, 1)  # nobody can begin it now
+
+
+def test_a_supervisor_that_has_begun_is_heard_of_however_late(house, scheduler, monkeypatch):
+    monkeypatch.setattr(follower, "LAUNCH_REPEAT_S", 0.0)
+    job_id = house.submit()
+    scheduler.step()
+    house.cluster.lose_touch(job_id, 1)
+    impatient = house.scheduler(launch_timeout_s=0.0)
+    for _ in range(3):
+        impatient.step()
+    assert house.store.get(job_id).status is JobStatus.STARTING
+    house.cluster.find(job_id, 1)
+    house.cluster.run(job_id, 1)
+    impatient.step()
+    assert house.store.get(job_id).status is JobStatus.RUNNING
+
+
 def test_a_running_attempt_that_says_nothing_is_not_launched_again(house, scheduler, monkeypatch):
     monkeypatch.setattr(follower, "LAUNCH_REPEAT_S", 0.0)
     house.start(scheduler)

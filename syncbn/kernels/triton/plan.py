@@ -99,7 +99,7 @@ def reduction(layout: Layout, itemsize: int, *, has_mask: bool, num_tensors: int
     unit = vector = _unit(extent, widest)
     lead = 0
     if layout.is_planes and unit < widest and not has_mask and layout.numel % widest == 0:
-        unit, vector, lead = 1, widest, widest - 1  # vectors reach into neighbouring planes
+        unit, vector, lead = 1, widest, widest - unit  # vectors reach into neighbouring planes
     sweep = _NUM_THREADS * vector
     j = max(1, 32 // (vector * _power_of_two_from(num_tensors))) if layout.is_planes else max(2, 8 // num_tensors)
     if layout.is_planes:

@@ -202,7 +202,9 @@ def test_the_programs_of_a_first_pass_leave_one_part_for_each_block_and_split(ca
     assert np.array_equal(pairs, np.arange(plan.num_blocks * plan.num_splits))
     tiles = tiles_of_reduction(layout, plan)
     idle = ~np.broadcast_to(tiles.valid, np.broadcast_shapes(tiles.valid.shape, tiles.offsets.shape)).any((1, 2, 3, 4))
-    assert not idle.any()
+    # Planes that begin within a vector may need a chunk more than those that do not.
+    is_spare = (program % plan.num_parts == plan.num_parts - 1) & (plan.unit < plan.vector)
+    assert not (idle & ~is_spare).any()
 
 
 @settings(max_examples=300, deadline=None)

@@ -22,6 +22,7 @@ import psutil
 from service.child import Child
 from service.cluster.fence import FENCES
 from service.cluster.head import head_address, head_command, ray_environment
+from service.cluster.head_guard import guard_command
 from service.cluster.rank_directory import clear_work_dir
 from service.domain.errors import Unavailable
 from service.linux import become_subreaper
@@ -128,7 +129,7 @@ class EmbeddedService:
         now = time.monotonic()
         if self._head.pid is None and now >= self._head.start_not_before and self._is_rid_of_cluster():
             (self._temp_dir / "ray_current_cluster").unlink(missing_ok=True)
-            self._head.start(self._head_command, self._environment)
+            self._head.start(guard_command(self._head_command), self._environment)
         if self._api.pid is None and now >= self._api.start_not_before:
             descriptor = self._listener.fileno()
             command = [sys.executable, "-m", "service", "api", "--listen-fd", str(descriptor)]
@@ -274,7 +275,7 @@ def _count_gpus() -> int:
 
 def _read_or_make_token(path: Path) -> str:
     if not path.exists():
-        _write_secret(path, secrets.token_urlsafe(32))
+        _write_secret(path, secrets.token_hex(32))  # nothing that a command line could take for an option
     return path.read_text().strip()
 
 

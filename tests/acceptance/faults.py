@@ -88,7 +88,7 @@ def kill_a_part_of_ray(service: EmbeddedServiceProcess, *, victim: str, num_step
 def _part_of_ray(service: EmbeddedServiceProcess, name: str) -> int:
     for process in service.processes():
         command = process.cmdline()
-        if name == "ray" and "ray.scripts.scripts" in command:
+        if name == "ray" and "ray.scripts.scripts" in command[:3]:  # not its guard, which has it later
             return process.pid
         if command and command[0].endswith(f"/{name}"):
             return process.pid

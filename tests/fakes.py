@@ -10,6 +10,7 @@ import hashlib
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -539,8 +540,16 @@ class FakeJobStore:
     def queued_jobs(self, limit: int = 1000) -> tuple[Job, ...]:
         with self._transaction():
             queued = [row for row in self._rows.values() if row.job.status is JobStatus.QUEUED]
-            queued.sort(key=lambda row: (-row.job.spec.priority, row.number))
-            return tuple(row.job for row in queued[:limit])
+            held_back = self.held_back()
+            queued.sort(key=lambda row: (row.job.id in held_back, -row.job.spec.priority, row.number))
+            counts: Counter[str] = Counter()
+            listed = []
+            for row in queued:
+                counts[row.job.spec.queue] += 1
+                if counts[row.job.spec.queue] <= limit:
+                    listed.append(row)
+            listed.sort(key=lambda row: (-row.job.spec.priority, row.number))
+            return tuple(row.job for row in listed)
 
     def held_back(self) -> Mapping[str, HeldBack]:
         with self._transaction():

@@ -291,7 +291,10 @@ class JobStore(Protocol):
         ...
 
     def queued_jobs(self, limit: int = 1000) -> tuple[Job, ...]:
-        """Return queued jobs: highest priority first, then first come."""
+        """Return queued jobs, at most so many of each queue: highest priority first, then first come.
+
+        Where a queue has more, those that wait for other jobs or pause before a retry are left out first.
+        """
         ...
 
     def held_back(self) -> Mapping[str, "HeldBack"]:
@@ -397,7 +400,10 @@ class SchedulerStore(Protocol):
         ...
 
     def queued_jobs(self, limit: int = 1000) -> tuple[Job, ...]:
-        """Return queued jobs: highest priority first, then first come."""
+        """Return queued jobs, at most so many of each queue: highest priority first, then first come.
+
+        Where a queue has more, those that wait for other jobs or pause before a retry are left out first.
+        """
         ...
 
     def held_back(self) -> Mapping[str, HeldBack]:

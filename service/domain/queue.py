@@ -26,20 +26,25 @@ class Quota(Record):
     memory_bytes: Annotated[int | None, Field(ge=0, le=2**62)] = None
     jobs: Annotated[int | None, Field(ge=0, le=10**9)] = None
 
-    def first_exceeded(self, held: Resources, jobs: int) -> Literal["cpus", "gpus", "memory_bytes", "jobs"] | None:
-        """Return which limit an amount exceeds; None if it is within all of them.
+    def first_exceeded(
+        self, held: Resources, jobs: int, more: Resources, more_jobs: int
+    ) -> Literal["cpus", "gpus", "memory_bytes", "jobs"] | None:
+        """Return which limit more would exceed; None if none. What none is asked of may be exceeded already.
 
         Args:
             held: resources of all workers together.
             jobs: how many jobs hold them.
+            more: resources beside them.
+            more_jobs: likewise jobs.
         """
-        if self.cpus is not None and held.cpus > self.cpus + 1e-9:  # 3 × 0.1 are within 0.3
+        after = held + more
+        if self.cpus is not None and more.cpus > 0 and after.cpus > self.cpus + 1e-9:  # 3 × 0.1 are within 0.3
             return "cpus"
-        if self.gpus is not None and held.gpus > self.gpus:
+        if self.gpus is not None and more.gpus > 0 and after.gpus > self.gpus:
             return "gpus"
-        if self.memory_bytes is not None and held.memory_bytes > self.memory_bytes:
+        if self.memory_bytes is not None and more.memory_bytes > 0 and after.memory_bytes > self.memory_bytes:
             return "memory_bytes"
-        return "jobs" if self.jobs is not None and jobs > self.jobs else None
+        return "jobs" if self.jobs is not None and more_jobs > 0 and jobs + more_jobs > self.jobs else None
 
 
 class Queue(Record):

@@ -20,8 +20,8 @@ from service.scheduler.usage import Usage
 BUSY_INTERVAL_S = 0.05
 IDLE_INTERVAL_S = 0.5
 NODES_INTERVAL_S = 1.0
-# More jobs than that wait unseen until others have started.
-MAX_QUEUED = 20_000
+# Where more jobs than that wait in one queue, the others wait unseen until some have started.
+MAX_QUEUED = 10_000
 # A decision on more jobs than that is followed by a pause of so many times what it took.
 NUM_FEW_JOBS = 500
 DECISION_PAUSE = 3.0
@@ -202,6 +202,7 @@ class Scheduler:
         active = self._picture.active(live, began_s)
         usage_s = self._usage.accrue(lease, active, self._nodes, began_s)
         queued = self._store.queued_jobs(limit=MAX_QUEUED)
+        self._leadership.keep()  # the first look at a long queue takes a while
         if not queued and not any(job.is_movable for job in active):
             self._reservations = ()
             return 0
@@ -215,7 +216,7 @@ class Scheduler:
             now_s=began_s,
         )
         self._reservations = decision.reservations
-        self._apply(decision, queued, live, lease)
+        self._apply(decision, queued, live, self._leadership.keep())
         took_s = time.monotonic() - began_s
         if len(queued) > NUM_FEW_JOBS:
             self._next_decision_s = time.monotonic() + DECISION_PAUSE * took_s

@@ -16,7 +16,7 @@ from service.domain.ports import JobPage
 from service.domain.spec import STORED, JobSpec
 from service.store import feed
 from service.store.cursor import decode_cursor, encode_cursor
-from service.store.tables import job_labels, jobs
+from service.store.tables import job_dependencies, job_labels, jobs
 
 QUEUED = jobs.c.status == sa.literal_column("'queued'")
 """Written out, as the partial index of the queue has it."""
@@ -195,10 +195,50 @@ def list_page(
     )
 
 
-def list_queue(connection: Connection, limit: int) -> tuple[Job, ...]:
-    """Return queued jobs: highest priority first, then first come."""
-    query = sa.select(jobs).where(QUEUED).order_by(jobs.c.priority.desc(), jobs.c.number).limit(limit)
-    return tuple(job_of(row) for row in connection.execute(query))
+def list_queue(connection: Connection, limit: int, now: datetime) -> Sequence[Row[Any]]:
+    """Return the rows of queued jobs: highest priority first, then first come.
+
+    Args:
+        connection: in a transaction.
+        limit: most jobs of one queue, so that a long one hides no other; those that may start come before the others.
+        now: by the database's clock.
+    """
+    before = jobs.alias("before")
+    comes_after = (
+        sa.exists()
+        .where(job_dependencies.c.job_number == jobs.c.number)
+        .where(before.c.number == job_dependencies.c.after_number, before.c.status != JobStatus.SUCCEEDED)
+    )
+    waits = comes_after | (jobs.c.not_before > now)
+    order = [sa.case((waits, 1), else_=0), jobs.c.priority.desc(), jobs.c.number]
+    place = sa.func.row_number().over(partition_by=jobs.c.queue, order_by=order).label("place")
+    placed = sa.select(jobs.c.number, place).where(QUEUED).subquery()
+    query = (
+        sa.select(jobs)
+        .join(placed, placed.c.number == jobs.c.number)
+        .where(placed.c.place <= limit)
+        .order_by(jobs.c.priority.desc(), jobs.c.number)
+    )
+    return connection.execute(query).all()
+
+
+class JobsOfRows:
+    """Makes jobs of rows that are read again and again and change little in between: each state of one once.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._made: Mapping[int, tuple[Row[Any], Job]] = {}
+
+    def of(self, rows: Sequence[Row[Any]]) -> tuple[Job, ...]:
+        """Return the jobs of these rows; those of others are forgotten."""
+        earlier, made = self._made, {}
+        for row in rows:
+            known = earlier.get(row.number)
+            made[row.number] = known if known is not None and known[0] == row else (row, job_of(row))
+        self._made = made
+        return tuple(job for _, job in made.values())
 
 
 def set_message(connection: Connection, job_id: str, message: str) -> None:
@@ -261,7 +301,7 @@ def failure_row(failure: Failure | None) -> dict[str, Any] | None:
 
 @lru_cache(maxsize=4096)
 def _spec_of(data: str) -> JobSpec:
-    # The scheduler reads the same queue again and again; a specification never changes.
+    # The same jobs are read again and again; a specification never changes.
     return JobSpec.from_stored(data)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Row
 
 from service.domain.job import MetricPoint
 from service.store.bulk import copy_rows
@@ -35,8 +35,8 @@ def insert_points(connection: Connection, rows: Sequence[PointRow]) -> None:
 
 def list_points(
     connection: Connection, number: int, *, names: Sequence[str], after_step: int, to_step: int | None
-) -> tuple[MetricPoint, ...]:
-    """Return the points that count, by step, then name."""
+) -> Sequence[Row[Any]]:
+    """Return the rows of the points that count, by step, then name."""
     query = sa.select(*POINT_COLUMNS).where(
         metrics.c.job_number == number, ~metrics.c.superseded, metrics.c.step > after_step
     )
@@ -44,7 +44,7 @@ def list_points(
         query = query.where(metrics.c.step <= to_step)
     if names:
         query = query.where(metrics.c.name.in_(names))
-    return tuple(map(point_of, connection.execute(query.order_by(metrics.c.step, metrics.c.name))))
+    return connection.execute(query.order_by(metrics.c.step, metrics.c.name)).all()
 
 
 def supersede_beyond(connection: Connection, number: int, step: int) -> None:

@@ -80,6 +80,7 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
     def __init__(self, url: str) -> None:
         self._database = Database(url)
         self._submissions = GroupCommit(self._submit_all, name="submissions")
+        self._queued = jobs.JobsOfRows()
 
     def close(self) -> None:
         """Close the connections. The store may still be used, and then connects anew."""
@@ -186,7 +187,8 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
     ) -> tuple[MetricPoint, ...]:
         with self._database.reading() as connection:
             number = jobs.find_number(connection, job_id)
-            return metrics.list_points(connection, number, names=names, after_step=after_step, to_step=to_step)
+            rows = metrics.list_points(connection, number, names=names, after_step=after_step, to_step=to_step)
+        return tuple(map(metrics.point_of, rows))  # a long curve takes longer than a transaction may rest
 
     @override
     def curves(
@@ -292,7 +294,8 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
     @override
     def queued_jobs(self, limit: int = 1000) -> tuple[Job, ...]:
         with self._database.reading() as connection:
-            return jobs.list_queue(connection, limit)
+            rows = jobs.list_queue(connection, limit, read_clock(connection))
+        return self._queued.of(rows)  # a long queue takes longer than a transaction may rest
 
     @override
     def held_back(self) -> Mapping[str, HeldBack]:

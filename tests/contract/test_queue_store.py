@@ -186,15 +186,22 @@ def test_an_attempt_knows_the_last_step_that_it_reported(store, lease):
 
 
 @pytest.mark.parametrize(
-    ("quota", "held", "jobs", "exceeded"),
+    ("quota", "more", "exceeded"),
     [
-        (Quota(), Resources(cpus=1e6, gpus=10**6, memory_bytes=10**15), 10**6, None),
-        (Quota(cpus=0.3), Resources(cpus=0.1).times(3), 1, None),
-        (Quota(cpus=0.3), Resources(cpus=0.4), 1, "cpus"),
-        (Quota(gpus=8), Resources(gpus=9), 1, "gpus"),
-        (Quota(memory_bytes=10), Resources(memory_bytes=11), 1, "memory_bytes"),
-        (Quota(jobs=0), Resources(), 1, "jobs"),
+        (Quota(), Resources(cpus=1e6, gpus=10**6, memory_bytes=10**15), None),
+        (Quota(cpus=0.3), Resources(cpus=0.1), None),  # 3 × 0.1 are within 0.3
+        (Quota(cpus=0.3), Resources(cpus=0.2), "cpus"),
+        (Quota(gpus=8), Resources(gpus=1), "gpus"),
+        (Quota(gpus=4), Resources(cpus=1), None),  # lowered meanwhile; no GPU is asked for
+        (Quota(memory_bytes=10), Resources(memory_bytes=1), "memory_bytes"),
+        (Quota(jobs=1), Resources(cpus=1), "jobs"),
     ],
 )
-def test_a_quota_names_the_limit_that_is_exceeded(quota, held, jobs, exceeded):
-    assert quota.first_exceeded(held, jobs) == exceeded
+def test_a_quota_names_the_limit_that_is_exceeded(quota, more, exceeded):
+    held = Resources(cpus=0.2, gpus=8, memory_bytes=10)
+    assert quota.first_exceeded(held, 1, more, 1) == exceeded
+
+
+def test_one_more_worker_is_not_one_more_job():
+    held, more = Resources(cpus=1), Resources(cpus=1)
+    assert Quota(jobs=1).first_exceeded(held, 2, more, 0) is None

@@ -23,6 +23,7 @@ from service.domain.journal import (
 )
 from service.domain.placement import Node, Resources
 from service.domain.ports import Lease, LeaseState
+from service.domain.queue import Queue
 from tests.contract.store_examples import (
     START,
     checkpoint,
@@ -153,6 +154,32 @@ def test_the_queue_is_by_priority_then_first_come(store):
     assert [job.id for job in store.queued_jobs()] == [ids[place] for place in (0, 4, 2)]
     seal(store, lease, started)
     assert store.queued_jobs(limit=1)[0].id == ids[1]  # lost its worker, not its place
+
+
+def test_a_long_queue_hides_no_other(store):
+    store.put_queue(Queue(name="other"))
+    long = [store.submit(make_spec(priority=5))[0].id for _ in range(3)]
+    other = store.submit(make_spec(queue="other"))[0].id
+    assert [job.id for job in store.queued_jobs(limit=2)] == [*long[:2], other]
+
+
+def test_jobs_that_may_not_start_hide_none_that_may(store):
+    lease = lead(store)
+    first = store.submit(make_spec())[0].id
+    start(store, lease, job=store.get(first))
+    waits = [store.submit(make_spec(after=[first], priority=9))[0].id for _ in range(2)]
+    free = store.submit(make_spec())[0].id
+    assert [job.id for job in store.queued_jobs(limit=2)] == [waits[0], free]
+    assert [job.id for job in store.queued_jobs(limit=3)] == [*waits, free]
+
+
+def test_the_queue_is_read_as_it_is_by_now(store):
+    job, _ = store.submit(make_spec())
+    lease = lead(store)
+    assert store.queued_jobs() == (job,)
+    store.set_message(lease, job.id, "Waits for a larger cluster.")
+    assert store.queued_jobs() == (store.get(job.id),)
+    assert store.queued_jobs()[0].message == "Waits for a larger cluster."
 
 
 def test_a_waiting_job_says_why(store):
@@ -603,7 +630,9 @@ def test_every_step_is_shown_once_whatever_is_lost_and_repeated(store, seed, che
             if draw.random() < 0.5:
                 position = follow(store, job.id, position, follower)
         if number < num_attempts:
-            store.seal_attempt(lease, job.id, number, outcome=Outcome.LOST, reason=Reason.RANK_LOST, failure=None)
+            # Each of another kind: the same failure three times on one step would be the job's last.
+            reason = (Reason.RANK_LOST, Reason.NODE_LOST, Reason.COLLECTIVE_FAILED)[number - 1]
+            store.seal_attempt(lease, job.id, number, outcome=Outcome.LOST, reason=reason, failure=None)
             with pytest.raises(StaleWrite):
                 store.ingest(lease, job.id, number, journal)
     shown = [((point.name, point.step), point.value) for point in store.metrics(job.id)]

@@ -1,6 +1,7 @@
 """A job that holds resources, as the policy sees it."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -94,9 +95,18 @@ class Active:
         return self.own - Counter(self.part(world))
 
     def part(self, world: int) -> tuple[str, ...]:
-        """Return places for fewer ranks among those that it has: on the nodes with the most of them.
+        """Return places for fewer ranks among those that it has, as ``part_of`` chooses them."""
+        return part_of(self.own, world)
 
-        Those for a smaller world are among those for a larger one.
-        """
-        own = sorted(self.own.items(), key=lambda item: (-item[1], item[0]))
-        return tuple(node_id for node_id, count in own for _ in range(count))[:world]
+
+def part_of(ranks: Mapping[str, int], world: int) -> tuple[str, ...]:
+    """Return places for so many of a gang's ranks: on the nodes with the most of them.
+
+    Those for a smaller world are among those for a larger one.
+
+    Args:
+        ranks: how many it has on each node.
+        world: at most as many as there are.
+    """
+    by_node = sorted(ranks.items(), key=lambda item: (-item[1], item[0]))
+    return tuple(node_id for node_id, count in by_node for _ in range(count))[:world]

@@ -61,17 +61,17 @@ class Ledger:
         self, quota: Quota, key: str | tuple[str, str], amount: Amount, num_ranks: int, num_jobs: int
     ) -> str | None:
         held, jobs = self._held.get(key, (NOTHING, 0))
-        before, after = resources_of(held), resources_of(plus(held, amount, num_ranks))
-        match quota.first_exceeded(after, jobs + num_jobs):
+        before, more = resources_of(held), resources_of(amount).times(num_ranks)
+        match quota.first_exceeded(before, jobs, more, num_jobs):
             case "cpus":
-                return f"{before.cpus:g} of {quota.cpus:g} CPU in use, {after.cpus - before.cpus:g} needed"
+                return f"{before.cpus:g} of {quota.cpus:g} CPU in use, {more.cpus:g} needed"
             case "gpus":
-                return f"{before.gpus} of {quota.gpus} GPU in use, {after.gpus - before.gpus} needed"
+                return f"{before.gpus} of {quota.gpus} GPU in use, {more.gpus} needed"
             case "memory_bytes":
                 assert quota.memory_bytes is not None
                 return (
                     f"{before.memory_bytes / _GIB:.1f} of {quota.memory_bytes / _GIB:.1f} GiB in use, "
-                    f"{(after.memory_bytes - before.memory_bytes) / _GIB:.1f} needed"
+                    f"{more.memory_bytes / _GIB:.1f} needed"
                 )
             case "jobs":
                 return f"{jobs} of {quota.jobs} job(s) at once"

@@ -95,18 +95,19 @@ class Active:
         return self.own - Counter(self.part(world))
 
     def part(self, world: int) -> tuple[str, ...]:
-        """Return places for fewer ranks among those that it has, as ``part_of`` chooses them."""
-        return part_of(self.own, world)
+        """Return places for fewer ranks among those that it has: on the nodes with the most of them.
+
+        Those for a smaller world are among those for a larger one.
+        """
+        return most_of(self.own, world)
 
 
-def part_of(ranks: Mapping[str, int], world: int) -> tuple[str, ...]:
-    """Return places for so many of a gang's ranks: on the nodes with the most of them.
-
-    Those for a smaller world are among those for a larger one.
+def most_of(ranks: Mapping[str, int], world: int) -> tuple[str, ...]:
+    """Return places for so many ranks, on the nodes that have the most of them.
 
     Args:
-        ranks: how many it has on each node.
-        world: at most as many as there are.
+        ranks: how many there may be on each node.
+        world: at most as many as that in all.
     """
     by_node = sorted(ranks.items(), key=lambda item: (-item[1], item[0]))
     return tuple(node_id for node_id, count in by_node for _ in range(count))[:world]

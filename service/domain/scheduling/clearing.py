@@ -88,7 +88,7 @@ class Clearing:
         shrinks = make_room(job, self.movable, coming)
         for shrink in shrinks:
             entry = by_id[shrink.job_id]
-            self._ask(entry, entry.beside(len(shrink.node_ids)), coming)
+            self._ask(entry, entry.own - Counter(shrink.node_ids), coming)
         self.resizes += shrinks
         if shrinks:
             return self._keep(job, coming)

@@ -4,7 +4,8 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from service.domain.scheduling.active import Active
+from service.domain.scheduling.active import Active, most_of
+from service.domain.scheduling.amount import holds
 from service.domain.scheduling.decision import Resize
 from service.domain.scheduling.pending import Pending
 from service.domain.scheduling.quotas import Ledger
@@ -34,16 +35,21 @@ def with_spare(coming: Room, active: Iterable[Active]) -> Room:
 def make_room(head: Pending, movable: Iterable[Active], coming: Room) -> tuple[Resize, ...]:
     """Return the least that elastic jobs have to give up for a job to start; nothing if all they can does not do it.
 
-    Those of the lowest priority give first, then the latest.
+    Those of the lowest priority give first, then the latest. They stay where they have the most ranks, unless they are
+    just there in the way.
 
     Args:
         head: the job.
         movable: elastic jobs that could be asked.
         coming: what will be free without them.
     """
-    coming = coming.copy()
+    givers = sorted(movable, key=lambda job: (job.priority, -job.sequence))
+    return _shrink(head, givers, coming.copy()) or _step_aside(head, givers, coming.copy())
+
+
+def _shrink(head: Pending, givers: Iterable[Active], coming: Room) -> tuple[Resize, ...]:
     shrinks: list[tuple[Active, int]] = []
-    for job in sorted(movable, key=lambda job: (job.priority, -job.sequence)):
+    for job in givers:
         world = _least_shrink(head, job, coming)
         if world is not None:
             shrinks.append((job, world))
@@ -53,7 +59,38 @@ def make_room(head: Pending, movable: Iterable[Active], coming: Room) -> tuple[R
     return ()
 
 
-def widened(job: Pending, node_ids: tuple[str, ...], room: Room, ledger: Ledger) -> tuple[str, ...]:
+def _step_aside(head: Pending, givers: Sequence[Active], room: Room) -> tuple[Resize, ...]:
+    """Place the job as if so many of the elastic ones were not there, and leave them what it does not take."""
+    for num_givers, giver in enumerate(givers, start=1):
+        room.give(giver.own, giver.amount)
+        places = room.place(head.fewest, head.amount, layout=head.layout)
+        if places is None:
+            continue
+        rest = room.copy()
+        rest.take(Counter(places), head.amount)
+        resizes = []
+        for job in reversed(givers[:num_givers]):  # the most important first
+            left = {node: min(count, holds(rest.free[node], job.amount)) for node, count in job.own.items()}
+            world = next((world for world in job.worlds if world <= min(job.world, sum(left.values()))), None)
+            if world is None:
+                break
+            kept = most_of(left, world)
+            rest.take(Counter(kept), job.amount)
+            if world < job.world:
+                resizes.append(_smaller(job, kept, head))
+        else:
+            return tuple(reversed(resizes))
+    return ()
+
+
+def _smaller(job: Active, node_ids: tuple[str, ...], head: Pending) -> Resize:
+    message = f"Asked to stop: to go on with {len(node_ids)} worker(s), so that job {head.id} can start."
+    return Resize(job_id=job.id, node_ids=node_ids, message=message)
+
+
+def widened(
+    job: Pending, node_ids: tuple[str, ...], room: Room, ledger: Ledger, *, is_room_held: bool
+) -> tuple[str, ...]:
     """Return places for a job that starts on the largest world that fits, and take the room for it.
 
     Args:
@@ -61,6 +98,8 @@ def widened(job: Pending, node_ids: tuple[str, ...], room: Room, ledger: Ledger)
         node_ids: where it starts on its fewest ranks; taken from the room already.
         room: what others have no use for.
         ledger: what is held against quotas.
+        is_room_held: whether room is held for jobs that start later: then its fewest ranks stay where they are in
+            nobody's way, and the others, which it can give up, come to them.
     """
     world = len(node_ids)
     room.give(Counter(node_ids), job.amount)
@@ -68,7 +107,7 @@ def widened(job: Pending, node_ids: tuple[str, ...], room: Room, ledger: Ledger)
     most = next(
         (more for more in job.worlds if more <= num_fitting and ledger.exceeded_by(job, more - world, 0) is None), world
     )
-    places = room.place(most, job.amount, layout=job.layout) if most > world else None
+    places = _larger(job, Counter(node_ids), most, room, is_room_held) if most > world else None
     if places is None:
         places = node_ids
     room.take(Counter(places), job.amount)
@@ -76,7 +115,7 @@ def widened(job: Pending, node_ids: tuple[str, ...], room: Room, ledger: Ledger)
     return places
 
 
-def grow(movable: Iterable[Active], room: Room, ledger: Ledger) -> tuple[Resize, ...]:
+def grow(movable: Iterable[Active], room: Room, ledger: Ledger, *, is_room_held: bool) -> tuple[Resize, ...]:
     """Give what is free to elastic jobs, highest priority first, then first come.
 
     One that was started or resized a moment ago is left alone, unless its owner asked for it.
@@ -85,6 +124,7 @@ def grow(movable: Iterable[Active], room: Room, ledger: Ledger) -> tuple[Resize,
         movable: elastic jobs that could be asked.
         room: what others have no use for.
         ledger: what is held against quotas.
+        is_room_held: as for ``widened``.
     """
     grown = []
     for job in sorted(movable, key=lambda job: (-job.priority, job.sequence)):
@@ -95,7 +135,7 @@ def grow(movable: Iterable[Active], room: Room, ledger: Ledger) -> tuple[Resize,
         most = next((world for world in job.worlds if world <= num_fitting), 0)
         while most > job.world and ledger.exceeded_by(job, most - job.world, 0) is not None:
             most = next((world for world in job.worlds if world < most), 0)
-        places = room.place(most, job.amount, layout=job.layout) if most > job.world else None
+        places = _larger(job, job.own, most, room, is_room_held) if most > job.world else None
         if places is None:
             room.take(job.own, job.amount)
             continue
@@ -104,6 +144,18 @@ def grow(movable: Iterable[Active], room: Room, ledger: Ledger) -> tuple[Resize,
         message = f"Asked to stop: to go on with {len(places)} worker(s), for whom there is room."
         grown.append(Resize(job_id=job.id, node_ids=places, message=message))
     return tuple(grown)
+
+
+def _larger(
+    job: Pending | Active, own: Counter[str], world: int, room: Room, is_room_held: bool
+) -> tuple[str, ...] | None:
+    """Return places for more ranks than a job has, in room that includes its own; None if they do not fit."""
+    if not is_room_held:
+        return room.place(world, job.amount, layout=job.layout)
+    rest = room.copy()
+    rest.take(own, job.amount)
+    more = rest.place(world - own.total(), job.amount, layout=job.layout)
+    return None if more is None else tuple((own + Counter(more)).elements())  # those of a node together
 
 
 def _fits(job: Pending, room: Room) -> bool:
@@ -133,6 +185,5 @@ def _needed(head: Pending, shrinks: Sequence[tuple[Active, int]], coming: Room) 
         coming.take(job.beside(world), job.amount)
         if not _fits(head, coming):
             coming.give(job.beside(world), job.amount)
-            message = f"Asked to stop: to go on with {world} worker(s), so that job {head.id} can start."
-            needed.append(Resize(job_id=job.id, node_ids=job.part(world), message=message))
+            needed.append(_smaller(job, job.part(world), head))
     return tuple(needed)

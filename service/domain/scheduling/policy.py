@@ -64,13 +64,13 @@ def decide(
     for job, node_ids in admission.starts.values():
         places = node_ids
         if job.is_elastic and not clearing.is_scarce:
-            places = widened(job, node_ids, unclaimed, admission.ledger)
+            places = widened(job, node_ids, unclaimed, admission.ledger, is_room_held=bool(admission.holds))
             admission.room.take(Counter(places), job.amount)
             admission.room.give(Counter(node_ids), job.amount)
         starts.append(Start(job_id=job.id, node_ids=places))
     growths: Sequence[Resize] = ()
     if not (clearing.is_kept or clearing.is_scarce):
-        growths = grow(clearing.movable, unclaimed, admission.ledger)
+        growths = grow(clearing.movable, unclaimed, admission.ledger, is_room_held=bool(admission.holds))
     return Decision(
         starts=tuple(starts),
         waits=Explanation(admission).waits(),

@@ -93,15 +93,6 @@ class Room:
         chosen = choose_nodes(num_ranks, fit.counts, layout)
         return tuple(node_id for node_id, count in chosen for _ in range(count))
 
-    def has(self, ranks: Mapping[str, int], per_rank: Amount, duration_s: float = 0.0) -> bool:
-        """Return whether so many ranks fit on each node."""
-        binding = self._num_binding(duration_s)
-        return all(
-            node_id in self._free and count <= holds(self._left(node_id, binding), per_rank)
-            for node_id, count in ranks.items()
-            if count > 0
-        )
-
     def take(self, ranks: Mapping[str, int], per_rank: Amount, duration_s: float = 0.0) -> None:
         """Take what so many ranks on each node need."""
         binding = self._num_binding(duration_s)

@@ -3,6 +3,7 @@
 Each function is the whole of one process; `python -m service` starts them by name.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -63,6 +64,8 @@ def run_api(settings: Settings, listener: socket.socket | None = None, *, host: 
         nudge=Nudge(settings.database),
         capacity=_capacity(settings),
     )
+    gc.collect()
+    gc.freeze()  # modules and routes stay: to go through them again and again would stop every request meanwhile
     api_server(app).run(sockets=[listener or bind(host, port)])
 
 

@@ -127,6 +127,7 @@ class BatchPlan:
         return slice(whole.start + part.start, whole.start + part.stop)
 
 
+@lru_cache(maxsize=1024)  # many jobs have the same
 def plan_batch(
     *,
     size: int,

@@ -15,6 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from service.domain.errors import DiskFull, ServiceError, Unavailable
 from service.store.turns import LOCK_TIMEOUT_S, Turns
+from service.store.wal import AUTOCHECKPOINT_PAGES, WalCheckpoints
 
 try:
     import pysqlite3.dbapi2 as sqlite_driver  # carries an SQLite without the WAL-reset race
@@ -51,7 +52,9 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.engine = create_engine(url)
-        self._turns = Turns(one_by_one=self.engine.dialect.name == "sqlite")
+        is_sqlite = self.engine.dialect.name == "sqlite"
+        self._turns = Turns(one_by_one=is_sqlite)
+        self._checkpoints = WalCheckpoints(self.engine) if is_sqlite else None
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -78,9 +81,13 @@ class Database:
             connection.execution_options(sqlite_begin="IMMEDIATE")
             with connection.begin():
                 yield connection
+        if self._checkpoints is not None:
+            self._checkpoints.notice()
 
     def close(self) -> None:
         """Close the connections that are not in use."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()
         self.engine.dispose()
 
 
@@ -163,6 +170,7 @@ def _create_sqlite_engine(url: sa.URL) -> Engine:
     def prepare(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's, which is chosen at run time
         actual = _set_journal_mode(connection, wanted)
         connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute(f"PRAGMA wal_autocheckpoint={AUTOCHECKPOINT_PAGES}")
         # A rollback journal's commit is its removal, which only EXTRA makes durable.
         connection.execute(f"PRAGMA synchronous={'FULL' if actual == 'wal' else 'EXTRA'}")
         if not logged.is_set():

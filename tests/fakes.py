@@ -362,6 +362,8 @@ class FakeJobStore:
             raise InvalidTransition(
                 f"Job {row.job.id} is {row.job.status}; nothing to resume. Wait until it has stopped."
             )
+        if row.job.spec.queue not in self._queues:
+            raise InvalidTransition(f"Queue {row.job.spec.queue} is gone. Make it again, or fork with another queue.")
         if row.job.reason is Reason.TIMEOUT:
             row.change(running_s=0.0)
         row.change(retries_used=0, preemptions_used=0, failure=None, ended_at=None)

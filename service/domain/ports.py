@@ -192,7 +192,7 @@ class JobStore(Protocol):
 
         Raises:
             NotFound: no such job.
-            InvalidTransition: it has succeeded, or has not stopped.
+            InvalidTransition: it has succeeded, or has not stopped, or its queue is gone.
             IdempotencyConflict: the key was used with another body.
         """
         ...

@@ -144,7 +144,7 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
 
     @override
     def resume(self, job_id: str, *, key: IdempotencyKey | None = None) -> Job:
-        return self._wish(job_id, key, lambda connection, locked, now: wishes.resume(locked, now))
+        return self._wish(job_id, key, lambda connection, locked, now: wishes.resume(connection, locked, now))
 
     @override
     def request_resize(self, job_id: str, workers: int, *, key: IdempotencyKey | None = None) -> Job:

@@ -2,8 +2,11 @@
 
 from datetime import datetime, timedelta
 
+from sqlalchemy.engine import Connection
+
 from service.domain.errors import InvalidTransition
 from service.domain.job import Job, JobStatus, Reason
+from service.store import queues
 from service.store.jobs import LockedJob
 
 _HAS_ATTEMPT = (JobStatus.STARTING, JobStatus.RUNNING)
@@ -45,11 +48,11 @@ def request_pause(locked: LockedJob, time: datetime) -> None:
         locked.add_event("pause_requested", "Asked to pause.", time=time, reason=Reason.PAUSE_REQUESTED)
 
 
-def resume(locked: LockedJob, time: datetime) -> None:
-    """Queue a job again that has stopped before it was done.
+def resume(connection: Connection, locked: LockedJob, time: datetime) -> None:
+    """Queue a job again that has stopped before it was done; its queue stays to the end of the transaction.
 
     Raises:
-        InvalidTransition: it has succeeded, or has not stopped.
+        InvalidTransition: it has succeeded, or has not stopped, or its queue is gone.
     """
     job = locked.job
     if job.status is JobStatus.SUCCEEDED:
@@ -59,6 +62,9 @@ def resume(locked: LockedJob, time: datetime) -> None:
     if job.status not in (JobStatus.PAUSED, JobStatus.FAILED, JobStatus.CANCELLED):
         wait = " Wait until it has stopped." if job.status is JobStatus.STOPPING or job.pause_requested else ""
         raise InvalidTransition(f"Job {job.id} is {job.status}; there is nothing to resume.{wait}")
+    queue = job.spec.queue
+    if not queues.existing(connection, {queue}):
+        raise InvalidTransition(f"Queue {queue} is gone. Make it again, or fork the job with another queue.")
     if job.reason is Reason.TIMEOUT:
         locked.change(running_s=0.0)  # or its time would be up again at once
     locked.change(retries_used=0, preemptions_used=0, failure=None, ended_at=None)

@@ -48,6 +48,20 @@ def test_a_queue_is_removed_once_its_jobs_have_ended(store, lease):
         store.remove_queue("research")
 
 
+def test_a_job_is_resumed_only_while_its_queue_is_there(store):
+    store.put_queue(RESEARCH)
+    job, _ = store.submit(make_spec(queue="research"))
+    cancelled = store.request_cancel(job.id)
+    store.remove_queue("research")
+    with pytest.raises(InvalidTransition, match="Queue research is gone"):
+        store.resume(job.id)
+    assert store.get(job.id) == cancelled
+    store.put_queue(RESEARCH)
+    assert store.resume(job.id).status is JobStatus.QUEUED
+    with pytest.raises(InvalidTransition, match="research"):
+        store.remove_queue("research")
+
+
 def test_the_default_queue_stays(store):
     with pytest.raises(InvalidTransition, match="default"):
         store.remove_queue("default")

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.domain.errors import NotFound, StaleWrite, Unavailable
+from service.domain.errors import InvalidTransition, NotFound, StaleWrite, Unavailable
 from service.domain.job import JobStatus, Origin, Outcome, Reason
+from service.domain.queue import Queue
 from service.store import SqlStore
 from service.store.engine import create_engine
 from tests.contract.store_examples import checkpoint, lead, loss, make_key, make_spec, records, run
@@ -24,6 +25,15 @@ def at_once(num_threads, call):
 
     with ThreadPoolExecutor(num_threads) as pool:
         return list(pool.map(wait_and_call, range(num_threads)))
+
+
+def refused(call):
+    """Call; whether it was refused."""
+    try:
+        call()
+    except InvalidTransition:
+        return True
+    return False
 
 
 def test_a_request_that_is_repeated_at_once_makes_one_job(store):
@@ -70,6 +80,23 @@ def test_cancelling_and_starting_at_once_have_one_winner(store):
             assert job.status is JobStatus.CANCELLED
         else:
             assert (job.status, job.cancel_requested) == (JobStatus.STARTING, True)
+
+
+def test_a_job_is_resumed_or_its_queue_removed_and_not_both(store):
+    for _ in range(10):
+        store.put_queue(Queue(name="research"))
+        job, _ = store.submit(make_spec(queue="research"))
+        store.request_cancel(job.id)
+        at_once(
+            2,
+            lambda place, job=job: refused(
+                (lambda: store.resume(job.id), lambda: store.remove_queue("research"))[place]
+            ),
+        )
+        is_resumed = store.get(job.id).status is JobStatus.QUEUED
+        assert is_resumed == (len(store.queues()) == 2)
+        if is_resumed:
+            store.request_cancel(job.id)
 
 
 def test_a_checkpoint_is_forked_from_or_removed_and_not_both(database_url, store):

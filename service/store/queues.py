@@ -9,6 +9,7 @@ from sqlalchemy.engine import Connection, Row
 from service.domain.errors import InvalidTransition, NotFound
 from service.domain.job import AttemptStatus, JobStatus
 from service.domain.queue import DEFAULT_QUEUE, Queue, QueueState, Quota
+from service.store.bulk import insert_rows
 from service.store.tables import attempts, jobs, queues
 
 _ENDED = [status for status in JobStatus if status.is_terminal]
@@ -57,10 +58,10 @@ def put(connection: Connection, queue: Queue) -> bool:
         "quota_per_owner": queue.quota_per_owner.model_dump(),
         "paused": queue.paused,
     }
-    changed = connection.execute(sa.update(queues).where(queues.c.name == queue.name).values(values))
-    if changed.rowcount:
-        return False
-    connection.execute(sa.insert(queues), {"name": queue.name, **values})
+    while not insert_rows(connection, queues, [{"name": queue.name, **values}], on_conflict="skip"):
+        # None to change either: it was removed in between.
+        if connection.execute(sa.update(queues).where(queues.c.name == queue.name).values(values)).rowcount:
+            return False
     return True
 
 

@@ -99,6 +99,13 @@ def test_a_job_is_resumed_or_its_queue_removed_and_not_both(store):
             store.request_cancel(job.id)
 
 
+def test_a_queue_that_is_made_twice_at_once_is_made_once(store):
+    for number in range(10):
+        queue = Queue(name=f"research-{number}")
+        assert sorted(at_once(4, lambda _, queue=queue: store.put_queue(queue))) == [False] * 3 + [True]
+    assert len(store.queues()) == 11
+
+
 def test_a_checkpoint_is_forked_from_or_removed_and_not_both(database_url, store):
     lease = lead(store)
     other = SqlStore(database_url)

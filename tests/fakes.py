@@ -258,6 +258,11 @@ class FakeJobStore:
         row.add_event("status", job.message, reason, time=job.created_at, **{"from": None, "to": status})
         return job
 
+    def unfinished_before(self, spec: JobSpec) -> tuple[str, ...]:
+        with self._transaction():
+            self._check_relations(spec)
+            return tuple(sorted(one for one in spec.after if self._rows[one].job.status is not JobStatus.SUCCEEDED))
+
     def _check_relations(self, spec: JobSpec) -> None:
         problems = []
         if spec.queue not in self._queues:

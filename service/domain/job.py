@@ -83,6 +83,10 @@ class Reason(StrEnum):
     RETRIES_EXHAUSTED = "retries_exhausted"
 
 
+HELD_MESSAGE = "Held, as was asked for. Resume it to have it placed."
+"""Of a job that was submitted with ``hold``."""
+
+
 TRANSITIONS: Mapping[JobStatus, frozenset[JobStatus]] = MappingProxyType(
     {
         JobStatus.QUEUED: frozenset({JobStatus.STARTING, JobStatus.CANCELLED, JobStatus.PAUSED, JobStatus.FAILED}),

@@ -1,14 +1,16 @@
 """What the policy is shown of the rows: jobs that wait and run as small values, with estimates of their ends."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from service.domain.elasticity import worlds_of
-from service.domain.job import AttemptStatus, Job, JobStatus, Reason
+from service.domain.job import AttemptStatus, Job, JobStatus, Outcome, Reason
 from service.domain.ports import HeldBack, LiveAttempt
 from service.domain.scheduling import Active, Pending
 from service.domain.scheduling.estimate import Progress, remaining_s
+
+_GOES_ON = (Reason.RESIZED, Reason.PREEMPTED, Reason.SERVICE_STOPPED)
 
 
 @dataclass(kw_only=True)
@@ -74,6 +76,26 @@ class Picture:
         self._seen = seen
         return active
 
+    def going_on(self, live: Iterable[LiveAttempt], now_s: float) -> list[Pending]:
+        """Return those that were asked to stop and are not done then, as they will wait; ``active`` has seen them.
+
+        Args:
+            live: attempts that are not sealed.
+            now_s: by the clock of this process.
+        """
+        going_on = []
+        for entry in live:
+            job, attempt = entry.job, entry.attempt
+            if attempt.stop_reason not in _GOES_ON or attempt.outcome not in (None, Outcome.STOPPED):
+                continue
+            if job.cancel_requested or job.pause_requested:
+                continue
+            left_s = _remaining_s(entry, self._seen[job.id, attempt.number], now_s)
+            if left_s is not None:
+                left_s *= attempt.world_size / worlds_of(job)[0]
+            going_on.append(replace(_pending(job, None), duration_s=left_s))
+        return going_on
+
     def pending(self, queued: Sequence[Job], held_back: Mapping[str, HeldBack]) -> list[Pending]:
         """Return what waits.
 
@@ -125,6 +147,12 @@ class Picture:
             is_settled=sight.running_s is not None and now_s - runs_since_s >= self._resize_interval_s,
             is_resize_requested=job.resize_requested,
         )
+
+
+def waits_for(job_ids: Sequence[str]) -> str:
+    """Say that a job comes after others that have not succeeded yet."""
+    shown = ", ".join(job_ids[:3]) + (", …" if len(job_ids) > 3 else "")
+    return f"Waits for the success of {len(job_ids)} job(s): {shown}."
 
 
 def _pending(job: Job, obstacle: str | None) -> Pending:
@@ -180,5 +208,4 @@ def _first_step(job: Job) -> int:
 def _obstacle(job: Job, why: HeldBack) -> str:
     if not why.waits_for:
         return job.message  # it pauses before a retry, and says so already
-    shown = ", ".join(why.waits_for[:3]) + (", …" if len(why.waits_for) > 3 else "")
-    return f"Waits for the success of {len(why.waits_for)} job(s): {shown}."
+    return waits_for(why.waits_for)

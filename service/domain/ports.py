@@ -129,6 +129,14 @@ class JobStore(Protocol):
         """
         ...
 
+    def unfinished_before(self, spec: JobSpec) -> tuple[str, ...]:
+        """Return the ids of the jobs that have to succeed before this one could start, and have not; stores nothing.
+
+        Raises:
+            InvalidSpec: as ``submit`` raises it.
+        """
+        ...
+
     def get(self, job_id: str) -> Job:
         """Return a job.
 

@@ -43,6 +43,12 @@ def find_numbers(connection: Connection, after: Sequence[str]) -> list[int]:
     return [found[job_id].number for job_id in after]
 
 
+def find_unfinished(connection: Connection, numbers: Sequence[int]) -> tuple[str, ...]:
+    """Return the ids of those of some jobs that have not succeeded, in the order of their submission."""
+    query = sa.select(jobs.c.id).where(jobs.c.number.in_(numbers), jobs.c.status != JobStatus.SUCCEEDED)
+    return tuple(connection.execute(query.order_by(jobs.c.number)).scalars())
+
+
 def list_held_back(connection: Connection, now: datetime) -> dict[str, HeldBack]:
     """Return the queued jobs that may not start yet, by id."""
     waits_for: dict[str, list[str]] = defaultdict(list)

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from service.domain.errors import FieldProblem, InvalidSpec
-from service.domain.job import Job, JobStatus, Origin, Reason
+from service.domain.job import HELD_MESSAGE, Job, JobStatus, Origin, Reason
 from service.domain.spec import JobSpec
 from service.store import dependencies, feed, queues
 from service.store.bulk import insert_rows
@@ -40,6 +40,18 @@ def find_relations(connection: Connection, new: Sequence[NewJob]) -> list[tuple[
     """
     known = queues.existing(connection, {one.spec.queue for one in new})
     return [_relations(connection, one.spec, known) for one in new]
+
+
+def find_unfinished(connection: Connection, spec: JobSpec) -> tuple[str, ...]:
+    """Return the ids of the jobs that have to succeed before a new one starts, and have not; locks nothing.
+
+    Raises:
+        InvalidSpec: as ``add_job`` raises it.
+    """
+    after = _relations(connection, spec, queues.existing(connection, {spec.queue}, stay=False))
+    if isinstance(after, InvalidSpec):
+        raise after
+    return dependencies.find_unfinished(connection, after)
 
 
 def add_job(connection: Connection, new: NewJob, time: datetime) -> Job:
@@ -120,7 +132,7 @@ def _created(new: NewJob, time: datetime) -> Job:
         reason = Reason.FORKED
         message = f"Forked from step {new.origin.step} of job {new.origin.job_id}. {message}"
     if new.spec.hold:
-        status, reason, message = JobStatus.PAUSED, Reason.HELD, "Held, as was asked for. Resume it to have it placed."
+        status, reason, message = JobStatus.PAUSED, Reason.HELD, HELD_MESSAGE
     return Job(
         id=new.id,
         owner=new.owner,

@@ -44,9 +44,17 @@ def list_states(connection: Connection) -> tuple[QueueState, ...]:
     )
 
 
-def existing(connection: Connection, names: Collection[str]) -> set[str]:
-    """Return those names that queues have; these queues stay to the end of the transaction."""
-    query = sa.select(queues.c.name).where(queues.c.name.in_(names)).with_for_update(key_share=True, read=True)
+def existing(connection: Connection, names: Collection[str], *, stay: bool = True) -> set[str]:
+    """Return those names that queues have.
+
+    Args:
+        connection: in a transaction, for writing if they stay.
+        names: to look for.
+        stay: whether these queues are kept from being removed to the end of the transaction.
+    """
+    query = sa.select(queues.c.name).where(queues.c.name.in_(names))
+    if stay:
+        query = query.with_for_update(key_share=True, read=True)
     return set(connection.execute(query).scalars())
 
 

@@ -61,7 +61,7 @@ from service.store.clock import read_clock
 from service.store.engine import Database
 from service.store.group_commit import GroupCommit
 from service.store.ids import new_job_id
-from service.store.new_jobs import NewJob, add_job
+from service.store.new_jobs import NewJob, add_job, find_unfinished
 from service.store.submissions import Submission, submit_all
 
 MAX_STEP = 2**63 - 1
@@ -100,6 +100,11 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
         self, spec: JobSpec, *, owner: str = DEFAULT_OWNER, key: IdempotencyKey | None = None
     ) -> Future[tuple[Job, bool]]:
         return self._submissions.put(Submission(spec=spec, owner=owner, key=key))
+
+    @override
+    def unfinished_before(self, spec: JobSpec) -> tuple[str, ...]:
+        with self._database.reading() as connection:
+            return find_unfinished(connection, spec)
 
     @override
     def get(self, job_id: str) -> Job:

@@ -141,6 +141,24 @@ def test_a_job_cannot_come_after_one_that_will_not_succeed(store, is_there):
     assert [problem.field for problem in caught.value.problems] == ["after.1"]
 
 
+def test_a_dry_run_is_told_what_submitting_would_say(store, lease):
+    first, second = (store.submit(make_spec())[0] for _ in range(2))
+    spec = make_spec(after=[second.id, first.id])
+    assert store.unfinished_before(make_spec()) == ()
+    assert store.unfinished_before(spec) == (first.id, second.id)
+    _end(store, lease, first.id)
+    assert store.unfinished_before(spec) == (second.id,)
+    store.request_cancel(second.id)
+    for refused, field in ((spec, "after.0"), (make_spec(queue="nowhere"), "queue")):
+        with pytest.raises(InvalidSpec) as caught:
+            store.unfinished_before(refused)
+        assert [problem.field for problem in caught.value.problems] == [field]
+        with pytest.raises(InvalidSpec) as submitted:
+            store.submit(refused)
+        assert caught.value.problems == submitted.value.problems
+    assert len(store.list_jobs().jobs) == 2
+
+
 def test_a_job_that_does_not_start_in_time_fails(store, lease):
     late, _ = store.submit(make_spec(start_deadline_s=1e-6))
     other, _ = store.submit(make_spec(start_deadline_s=1000.0))

@@ -1,6 +1,7 @@
 """The dry run of a job."""
 
 import sys
+from collections.abc import Sequence
 
 from fastapi import APIRouter
 
@@ -12,7 +13,8 @@ from service.api.routes.jobs import SPEC_BODY
 from service.api.schemas import Amount, Plan, PlannedStart, WorldPlan
 from service.api.uploads import check_uploads
 from service.domain.elasticity import exact_worlds
-from service.domain.picture import Picture
+from service.domain.job import HELD_MESSAGE
+from service.domain.picture import Picture, waits_for
 from service.domain.scheduling import Pending, foretell
 from service.domain.scheduling.estimate import remaining_s
 from service.domain.spec import JobSpec, parse_spec
@@ -30,6 +32,7 @@ def plan_job(document: RequestDocument, parts: AppParts, owner: RequestOwner) ->
     """Check a job and say how it would run; starts and stores nothing."""
     spec = parse_spec(document.data)
     check_uploads(spec, parts.uploads.rows)
+    obstacle = _obstacle(spec, parts.store.unfinished_before(spec))
     plans = [spec.batch_plan(world_size) for world_size in exact_worlds(spec)[:MAX_WORLDS]]
     batch = plans[0]
     fits, reason = _fit(spec, parts)
@@ -51,7 +54,7 @@ def plan_job(document: RequestDocument, parts: AppParts, owner: RequestOwner) ->
         resources=Amount.of(spec.resources_per_rank.times(batch.world_size)),
         fits=fits,
         reason=reason,
-        start=_start(spec, parts, owner) if fits else None,
+        start=_start(spec, parts, owner, obstacle) if fits else None,
     )
 
 
@@ -65,21 +68,32 @@ def _fit(spec: JobSpec, parts: Parts) -> tuple[bool | None, str | None]:
     return (True, None) if problem is None else (False, f"The job would wait for more nodes. {problem}")
 
 
-def _start(spec: JobSpec, parts: Parts, owner: str) -> PlannedStart:
+def _obstacle(spec: JobSpec, unfinished: Sequence[str]) -> str | None:
+    """Say why the job would not start whatever is free; None if it might."""
+    if spec.hold:
+        return HELD_MESSAGE
+    return waits_for(unfinished) if unfinished else None
+
+
+def _start(spec: JobSpec, parts: Parts, owner: str, obstacle: str | None) -> PlannedStart:
     """Foretell what the scheduler would do with the job, from what it does with the others."""
+    if obstacle is not None:
+        return PlannedStart(now=False, message=obstacle, position=None, in_s=None)
     store = parts.store
     snapshot, live = store.cluster(), store.live_attempts()
     assert snapshot.observed_at is not None
     picture = Picture(resize_interval_s=0.0, stop_grace_s=0.0)
     picture.recall(live, snapshot.observed_at, 0.0)
+    active, going_on = picture.active(live, 0.0), picture.going_on(live, 0.0)
     states = store.queue_states()
     decision, in_s = foretell(
         THIS_JOB,
         [*picture.pending(store.queued_jobs(limit=MAX_QUEUED), store.held_back()), _pending(spec, owner)],
-        picture.active(live, 0.0),
+        active,
         snapshot.nodes,
         queues=[state.queue for state in states],
         usage_s={state.queue.name: state.usage_s for state in states},
+        going_on=going_on,
     )
     wait = next((wait for wait in decision.waits if wait.job_id == THIS_JOB), None)
     return PlannedStart(

@@ -3,8 +3,10 @@
 import pytest
 
 from service.domain.job import JobStatus
+from service.domain.journal import Launched, Running
 from service.domain.placement import Node, Resources
 from service.domain.spec import parse_spec
+from tests.contract.store_examples import records
 from tests.fakes import FakeService, spec_data
 
 CAPACITY = [Node(id="n1", address="10.0.0.1", total=Resources(cpus=4.0, gpus=1, memory_bytes=2**30))]
@@ -153,6 +155,41 @@ def test_plan_says_why_a_job_would_wait_and_for_how_long(service, api):
     # The store dates the attempt a moment before the cluster was seen, or after.
     assert start["in_s"] == pytest.approx(660, abs=30)
     assert service.store.get(ahead.id).message == "Waits to be placed.", "nothing is started or told"
+
+
+def test_plan_refuses_what_submitting_refuses(service, api):
+    other = service.submit()
+    service.store.record_nodes(service.scheduler._lease(), CAPACITY)
+    for changes in ({"queue": "nosuch"}, {"after": [other.id, "job-nope"]}):
+        refusals = [api.post(path, json=spec_data(**changes)) for path in ("/v1/jobs", "/v1/jobs/plan")]
+        assert [answer.status_code for answer in refusals] == [422, 422]
+        submitted, planned = (answer.json() for answer in refusals)
+        assert planned["errors"] == submitted["errors"] != []
+    assert [job.id for job in service.store.list_jobs().jobs] == [other.id]
+
+
+def test_plan_says_what_keeps_a_job_from_starting_whatever_is_free(service, api):
+    first = service.submit()
+    service.store.record_nodes(service.scheduler._lease(), CAPACITY)
+    start = api.post("/v1/jobs/plan", json=spec_data(after=[first.id])).json()["start"]
+    message = f"Waits for the success of 1 job(s): {first.id}."
+    assert start == {"now": False, "message": message, "position": None, "in_s": None}
+    start = api.post("/v1/jobs/plan", json=spec_data(hold=True)).json()["start"]
+    assert (start["now"], start["in_s"]) == (False, None)
+    assert "Resume it" in start["message"]
+
+
+def test_plan_reckons_with_jobs_that_are_resized(service, api):
+    lease = service.scheduler._lease()
+    service.store.record_nodes(lease, CAPACITY)
+    node_id, num_cpus = CAPACITY[0].id, int(sum(node.total.cpus for node in CAPACITY))
+    elastic = service.submit(workers={"min": 1, "max": num_cpus}, batch={"size": 16 * num_cpus}, expected_s=1000)
+    service.store.create_attempt(lease, elastic.id, node_ids=[node_id])
+    service.store.ingest(lease, elastic.id, 1, records(Launched(supervisor_pid=1), Running(num_steps=1000)))
+    service.store.mark_resizing(lease, elastic.id, 1, node_ids=[node_id] * num_cpus, message="Asked to stop.")
+    start = api.post("/v1/jobs/plan", json=spec_data(workers=num_cpus)).json()["start"]
+    # What took its one worker so long takes the others a part of it.
+    assert start["in_s"] == pytest.approx(1000 / num_cpus, rel=0.1)
 
 
 def test_list_pages_newest_first(service, api):

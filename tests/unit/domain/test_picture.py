@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from service.domain.job import AttemptStatus, JobStatus, Reason
+from service.domain.job import AttemptStatus, JobStatus, Outcome, Reason
 from service.domain.picture import Picture
 from service.domain.ports import HeldBack
 from service.domain.scheduling.estimate import Progress, remaining_s
@@ -62,6 +62,27 @@ def test_whoever_was_asked_to_stop_or_has_ended_is_stopping(picture, changes):
     (active,) = picture.active([live], 0.0)
     assert (active.is_stopping, active.is_movable, active.remaining_s) == (True, False, 10.0)
     assert active.next_node_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "goes_on"),
+    [
+        ({}, False),
+        ({"stop_reason": Reason.PREEMPTED}, True),
+        ({"stop_reason": Reason.RESIZED}, True),
+        ({"stop_reason": Reason.SERVICE_STOPPED}, True),
+        ({"stop_reason": Reason.PREEMPTED, "outcome": Outcome.SUCCEEDED}, False),
+        ({"stop_reason": Reason.TIMEOUT}, False),
+    ],
+)
+def test_some_that_stop_go_on_with_what_is_left(picture, changes, goes_on):
+    live = make_live(make_job("a", workers={"min": 1, "max": 2}, num_steps=1000), "n", **changes)
+    picture.active([_at(live, 0)], 0.0)
+    picture.active([_at(live, 200)], 100.0)
+    # On one worker; on two it takes half as long.
+    assert [job.duration_s for job in picture.going_on([_at(live, 200)], 100.0)] == ([200.0] if goes_on else [])
+    cancelled = replace(live, job=live.job.model_copy(update={"cancel_requested": True}))
+    assert picture.going_on([cancelled], 100.0) == []
 
 
 def test_only_one_that_is_resized_holds_other_places(picture):

@@ -58,6 +58,7 @@ def set_queue(
     """Make a queue, or change what is named of one."""
     from service.domain.queue import Queue  # noqa: PLC0415 - help and typing errors are quick
 
+    _check(name, weight)
     with context.obj.client() as client:
         known = {state.queue.name: state.queue for state in client.queues()}
         before = known.get(name) or Queue(name=name)
@@ -79,6 +80,24 @@ def remove_queue(context: typer.Context, name: QueueArgument) -> None:
     with context.obj.client() as client:
         client.remove_queue(name)
     say(f"Removed queue {name}.")
+
+
+def _check(name: str, weight: float | None) -> None:
+    """Refuse what no queue can have. Raises ``typer.BadParameter``."""
+    from service.domain.queue import Queue  # noqa: PLC0415 - as above
+
+    try:
+        new = Queue(name=name)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{name!r}: use 1 to 63 lower-case letters, digits, '_' or '-', the first a letter or digit.",
+            param_hint="QUEUE",
+        ) from None
+    try:
+        Queue(name=new.name, weight=new.weight if weight is None else weight)
+    except ValueError:
+        message = f"{weight:g}: give a number above 0, at most 1000000. To start nothing from it, use --pause."
+        raise typer.BadParameter(message, param_hint="--weight") from None
 
 
 def _changed(quota: "Quota", changes: list[str] | None, option: str) -> "Quota":

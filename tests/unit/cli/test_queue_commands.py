@@ -46,6 +46,26 @@ def test_a_limit_that_cannot_be_is_a_usage_error(service, cli, quota):
     assert len(service.store.queues()) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "at_fault", "remedy"),
+    [
+        (["Foo"], "QUEUE", "lower-case"),
+        (["a" * 64], "QUEUE", "1 to 63"),
+        (["research", "--weight", 0], "--weight", "--pause"),
+        (["research", "--weight", -1], "--weight", "above 0"),
+        (["research", "--weight", "nan"], "--weight", "above 0"),
+        (["research", "--weight", 1e7], "--weight", "at most"),
+    ],
+)
+def test_a_name_or_weight_that_cannot_be_is_a_usage_error(service, cli, arguments, at_fault, remedy):
+    refused = cli("queue", "set", *arguments)
+    assert refused.exit_code == 2
+    said = " ".join(refused.output.split())
+    assert at_fault in said
+    assert remedy in said
+    assert len(service.store.queues()) == 1
+
+
 def test_jobs_are_of_the_user_who_submits_them(service, cli, tmp_path, monkeypatch):
     file = tmp_path / "job.json"
     file.write_text(json.dumps(spec_data()))

@@ -586,6 +586,8 @@ class FakeJobStore:
                 else:
                     continue
                 failed.append(job.id)
+                if len(failed) == 200:
+                    break
             return tuple(failed)
 
     def queues(self) -> tuple[Queue, ...]:

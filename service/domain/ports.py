@@ -421,6 +421,8 @@ class SchedulerStore(Protocol):
     def fail_hopeless(self, lease: Lease) -> tuple[str, ...]:
         """Fail queued jobs that will never start: one that they come after has failed, or their deadline has passed.
 
+        A call fails the first few hundred of them, in the order of their submission; the next goes on.
+
         Returns:
             The ids of those that failed now.
         """

@@ -13,6 +13,9 @@ from service.domain.ports import HeldBack
 from service.store.jobs import QUEUED, locked_job
 from service.store.tables import job_dependencies, jobs
 
+MAX_FAILED = 200
+"""Most jobs that one transaction fails, so that others can write soon."""
+
 _WITHOUT_SUCCESS = (JobStatus.FAILED, JobStatus.CANCELLED)
 _before = jobs.alias("before")
 _PAIRS = job_dependencies.join(jobs, jobs.c.number == job_dependencies.c.job_number).join(
@@ -69,25 +72,31 @@ def list_held_back(connection: Connection, now: datetime) -> dict[str, HeldBack]
 
 
 def fail_hopeless(connection: Connection, now: datetime) -> tuple[str, ...]:
-    """Fail the queued jobs that will never start; return their ids."""
-    failed: dict[str, tuple[Reason, str]] = {}
-    late = sa.select(jobs.c.id).where(QUEUED, jobs.c.start_by <= now, jobs.c.started_at.is_(None))
-    for job_id in connection.execute(late).scalars():
-        failed[job_id] = (Reason.START_DEADLINE, "It had not started when its start_deadline_s was over.")
+    """Fail the first of the queued jobs that will never start, at most ``MAX_FAILED``; return their ids."""
+    hopeless: dict[tuple[int, str], tuple[Reason, str]] = {}
+    late = sa.select(jobs.c.number, jobs.c.id).where(QUEUED, jobs.c.start_by <= now, jobs.c.started_at.is_(None))
+    for number, job_id in connection.execute(late.order_by(jobs.c.number).limit(MAX_FAILED)):
+        message = "It had not started when its start_deadline_s was over."
+        hopeless[number, job_id] = (Reason.START_DEADLINE, message)
     without_success = (
-        sa.select(jobs.c.id, _before.c.id.label("before_id"), _before.c.status)
+        sa.select(jobs.c.number, jobs.c.id, _before.c.id.label("before_id"), _before.c.status)
         .select_from(_PAIRS)
         .where(QUEUED, _before.c.status.in_(_WITHOUT_SUCCESS))
+        .order_by(jobs.c.number, _before.c.number)
+        .limit(MAX_FAILED)
     )
     for row in connection.execute(without_success):
         message = (
             f"Job {row.before_id}, which it comes after, has {_ended(row.status)}. Resume both once that is mended."
         )
-        failed[row.id] = (Reason.DEPENDENCY_FAILED, message)
-    for job_id, (reason, message) in failed.items():
+        hopeless[row.number, row.id] = (Reason.DEPENDENCY_FAILED, message)
+    failed = []
+    # In the order of their numbers, as submits lock the jobs that others come after: none waits for another in a ring.
+    for (_, job_id), (reason, message) in sorted(hopeless.items())[:MAX_FAILED]:
         with locked_job(connection, job_id) as locked:
             if locked.job.status is JobStatus.QUEUED:
                 locked.move(JobStatus.FAILED, reason, message, time=now)
+                failed.append(job_id)
     return tuple(failed)
 
 

@@ -24,6 +24,11 @@ except ImportError:  # no wheel for this platform
 
 logger = logging.getLogger(__name__)
 
+
+class Deadlock(Unavailable):
+    """Transactions waited for each other, and this one was undone so that the others go on; they do not stay long."""
+
+
 JournalMode = Literal["wal", "delete"]
 
 _STATEMENT_TIMEOUT_S = 30
@@ -33,6 +38,7 @@ _CONNECT_TIMEOUT_S = 5
 _POOL_SIZE = 10
 _POOL_OVERFLOW = 30  # with the pool, the 40 threads that an API process answers on
 # Of PostgreSQL.
+_DEADLOCK = "40P01"
 _NO_SCHEMA = ("42P01", "3F000")  # undefined table, undefined schema
 _NO_ROOM = ("53100",)  # disk full
 _AWAY = ("25P03", "25006")  # idle for too long in a transaction; a server that only reads, such as a stand-by
@@ -75,6 +81,7 @@ class Database:
 
         Raises:
             Unavailable: the database does not answer, or another transaction held a lock for too long.
+            Deadlock: another transaction and this one waited for each other.
         """
         with self._turns.take(), outages_as_unavailable(), self.engine.connect() as connection:
             # A transaction that reads first and writes later would fail, not wait, where another wrote in between.
@@ -105,6 +112,8 @@ def outages_as_unavailable() -> Iterator[None]:
                 f"The disk of the job database is full ({_first_line(error)}), and nothing of this was stored. Make "
                 "room on it. Until then the service shows what it has, and takes nothing new."
             ) from error
+        if state == _DEADLOCK:
+            raise Deadlock(f"Others changed the same rows of the database: {_first_line(error)}. Try again.") from error
         if state in _NO_SCHEMA:
             raise Unavailable(f"The database has no tables yet: {_first_line(error)}") from error
         is_away = state in _AWAY or error.connection_invalidated

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from service.domain.errors import Unavailable
+from service.store.engine import Deadlock
 
 MAX_GROUP = 256
 """Most requests of one transaction, so that none waits long for the others' statements."""
@@ -77,7 +78,7 @@ class GroupCommit(Generic[Request, Result]):
         if not group:
             return
         try:
-            outcomes: Sequence[Result | Exception] = self._commit([request for request, _ in group])
+            outcomes: Sequence[Result | Exception] = self._commit_again_if_undone([request for request, _ in group])
         except Unavailable as error:
             # Those that came while it was tried would be tried for as long, and have waited for it already.
             with self._changed:
@@ -97,3 +98,10 @@ class GroupCommit(Generic[Request, Result]):
                 future.set_exception(outcome)
             else:
                 future.set_result(outcome)
+
+    def _commit_again_if_undone(self, requests: Sequence[Request]) -> Sequence[Result | Exception]:
+        try:
+            return self._commit(requests)
+        except Deadlock:
+            # Whoever it waited for goes on now: no reason to refuse a whole group.
+            return self._commit(requests)

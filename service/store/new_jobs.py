@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from operator import itemgetter
 from typing import Any
 
 import sqlalchemy as sa
@@ -98,7 +99,8 @@ def insert_jobs(
         for number, before in zip(numbers, after, strict=True)
         for one in before
     ]
-    insert_rows(connection, job_dependencies, links)
+    # Each locks the job that is come after: in one order, so that no two transactions wait for each other.
+    insert_rows(connection, job_dependencies, sorted(links, key=itemgetter("after_number")))
     first_events = [
         {
             "job_number": number,

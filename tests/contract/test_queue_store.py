@@ -131,6 +131,18 @@ def test_a_job_after_one_that_fails_fails(store, lease):
     assert store.held_back() == {last.id: HeldBack(waits_for=(first.id,))}
 
 
+def test_many_jobs_after_one_that_fails_fail_a_few_at_a_time(store, lease):
+    first, _ = store.submit(make_spec())
+    waiting = [future.result()[0].id for future in [store.submit_soon(make_spec(after=[first.id])) for _ in range(450)]]
+    _end(store, lease, first.id, Outcome.FAILED, Reason.USER_ERROR)
+    failed = []
+    while some := store.fail_hopeless(lease):
+        assert len(some) <= 200
+        failed += some
+    assert failed == waiting
+    assert store.queued_jobs() == ()
+
+
 @pytest.mark.parametrize("is_there", [True, False])
 def test_a_job_cannot_come_after_one_that_will_not_succeed(store, is_there):
     first, _ = store.submit(make_spec())

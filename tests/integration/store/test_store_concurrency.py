@@ -4,8 +4,10 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from service.domain.errors import InvalidTransition, NotFound, StaleWrite, Unavailable
 from service.domain.job import JobStatus, Origin, Outcome, Reason
@@ -13,6 +15,7 @@ from service.domain.queue import Queue
 from service.store import SqlStore
 from service.store.engine import create_engine
 from tests.contract.store_examples import checkpoint, lead, loss, make_key, make_spec, records, run
+from tests.fakes import wait_for
 
 
 def at_once(num_threads, call):
@@ -104,6 +107,34 @@ def test_a_queue_that_is_made_twice_at_once_is_made_once(store):
         queue = Queue(name=f"research-{number}")
         assert sorted(at_once(4, lambda _, queue=queue: store.put_queue(queue))) == [False] * 3 + [True]
     assert len(store.queues()) == 11
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+def test_a_submit_that_waits_in_a_ring_with_another_transaction_goes_through(database_url, store):
+    first, second = (store.submit(make_spec())[0] for _ in range(2))
+    engine = create_engine(database_url)
+
+    def lock(connection, job, words=""):
+        return connection.exec_driver_sql(f"SELECT id FROM jobs WHERE id = %s FOR UPDATE {words}", (job.id,)).all()
+
+    def num_waiting_for(pid):
+        query = "SELECT count(*) FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
+        return watching.exec_driver_sql(query, (pid,)).scalar_one()
+
+    with engine.connect() as other, engine.connect() as watching, ThreadPoolExecutor(1) as pool:
+        lock(other, second)
+        pid = other.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+        submitting = pool.submit(store.submit, make_spec(after=[second.id, first.id]))
+        wait_for(lambda: num_waiting_for(pid) == 1)
+        assert lock(watching, first, "SKIP LOCKED") == [], "the submit has locked them in the order of their numbers"
+        # Now each waits for the other. Whoever notices it first is undone.
+        with suppress(OperationalError):
+            lock(other, first)
+        other.rollback()
+        job, _ = submitting.result(timeout=30)
+    assert store.held_back()[job.id].waits_for == (first.id, second.id)
+    engine.dispose()
 
 
 def test_a_checkpoint_is_forked_from_or_removed_and_not_both(database_url, store):

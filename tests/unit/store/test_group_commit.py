@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from service.domain.errors import DiskFull, Unavailable
+from service.store.engine import Deadlock
 from service.store.group_commit import MAX_GROUP, MAX_WAITING, GroupCommit
 
 
@@ -13,6 +14,7 @@ class Ledger:
 
     def __init__(self):
         self.groups = []
+        self.num_deadlocks = 0  # after the first
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
@@ -21,6 +23,9 @@ class Ledger:
         self.entered.set()
         self.gate.wait(timeout=10)
         self.groups.append(list(requests))
+        if self.num_deadlocks > 0 and len(self.groups) > 1:
+            self.num_deadlocks -= 1
+            raise Deadlock("deadlock")
         if "away" in requests:
             raise Unavailable("away")
         if "full" in requests:
@@ -71,6 +76,21 @@ def test_one_that_breaks_its_transaction_breaks_its_own_alone(ledger, group):
     with pytest.raises(RuntimeError, match="broken"):
         broken.result(timeout=10)
     assert (before.result(timeout=10), after.result(timeout=10)) == ("done a", "done b")
+
+
+def test_a_group_that_was_undone_for_another_transaction_is_tried_once_more(ledger, group):
+    ledger.num_deadlocks = 1
+    futures = put_together(ledger, group, "a", "refused", "b")
+    assert [futures[0].result(timeout=10), futures[2].result(timeout=10)] == ["done a", "done b"]
+    assert isinstance(futures[1].exception(timeout=10), ValueError)
+    assert ledger.groups == [["first"], *[["a", "refused", "b"]] * 2]
+
+
+def test_a_group_that_is_undone_again_is_told_so(ledger, group):
+    ledger.num_deadlocks = 2
+    futures = put_together(ledger, group, "a", "b")
+    assert [type(future.exception(timeout=10)) for future in futures] == [Deadlock] * 2
+    assert group.put("later").result(timeout=10) == "done later"
 
 
 @pytest.mark.parametrize(("what", "kind"), [("away", Unavailable), ("full", DiskFull)])

@@ -7,10 +7,11 @@ from fastapi import Depends, Header
 
 from service.api.problems import REQUEST_INVALID, Refused
 from service.domain.errors import FieldProblem
+from service.domain.job import DEFAULT_OWNER
 
 HEADER = "Idempotency-Key"
 REPLAYED_HEADER = "Idempotent-Replayed"
-OWNER = "token"  # one token, one owner of all keys
+OWNER = "token"  # whoever holds it; one token, one owner of all that is not a job's
 _KEY = re.compile(r"[ -~]{1,255}")
 
 
@@ -28,6 +29,11 @@ async def read_key(
             [FieldProblem(field=HEADER, message="must be 1 to 255 printable ASCII characters, such as a UUID.")],
         )
     return key
+
+
+def owner_of_keys(owner: str) -> str:
+    """Return whose the keys are of requests for an owner: two owners may use the same ones."""
+    return OWNER if owner == DEFAULT_OWNER else f"{OWNER}/{owner}"
 
 
 RequestKey = Annotated[str | None, Depends(read_key)]

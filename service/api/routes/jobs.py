@@ -12,7 +12,7 @@ from service.api import owner as owners
 from service.api.body import Document, read_document
 from service.api.direct import header_parameters
 from service.api.fit import fit_problem
-from service.api.idempotency import OWNER, REPLAYED_HEADER, read_key
+from service.api.idempotency import REPLAYED_HEADER, owner_of_keys, read_key
 from service.api.owner import read_owner
 from service.api.parts import AppParts, JobId, Parts, parts_of
 from service.api.schemas import JobList, JobQuery
@@ -52,7 +52,7 @@ async def submit_job(request: Request) -> Response:
     owner = await read_owner(request.headers.get(owners.HEADER))
     named = None
     if key is not None:
-        named = IdempotencyKey(owner=OWNER, route="POST /v1/jobs", key=key, body_sha256=document.sha256)
+        named = IdempotencyKey(owner=owner_of_keys(owner), route="POST /v1/jobs", key=key, body_sha256=document.sha256)
     try:
         spec = await _checked(document, parts)
     except InvalidSpec:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from fastapi import APIRouter, Response
 
 from service.api.body import RequestDocument
-from service.api.idempotency import OWNER, REPLAYED_HEADER, RequestKey
+from service.api.idempotency import REPLAYED_HEADER, RequestKey, owner_of_keys
 from service.api.owner import RequestOwner
 from service.api.parsing import body_of, parse
 from service.api.parts import AppParts, JobId, Parts
@@ -16,7 +16,7 @@ from service.api.uploads import check_uploads
 from service.domain.elasticity import resize_problem
 from service.domain.errors import InvalidSpec
 from service.domain.fork import ForkRequest, plan_fork
-from service.domain.job import Job, Origin
+from service.domain.job import DEFAULT_OWNER, Job, Origin
 from service.domain.ports import IdempotencyKey
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["lifecycle"])
@@ -72,7 +72,7 @@ def fork_job(
 ) -> Job:
     """Submit a job that goes on from a checkpoint of this one, with changes that leave the checkpoint loadable."""
     body = parse(ForkBody, document)
-    named = _named(key, job_id, "fork", document.sha256)
+    named = _named(key, job_id, "fork", document.sha256, owner=owner)
     # Before the checks, whose answer may be another by now.
     job, created = (None if named is None else parts.store.replayed(named)), False
     if job is None:
@@ -101,8 +101,11 @@ def _once(named: IdempotencyKey | None, parts: Parts, response: Response, ask: C
     return job
 
 
-def _named(key: str | None, job_id: str, action: str, body_sha256: str = _NO_BODY_SHA256) -> IdempotencyKey | None:
-    """Return the key of a request; one key may be used once for each job and action."""
+def _named(
+    key: str | None, job_id: str, action: str, body_sha256: str = _NO_BODY_SHA256, *, owner: str = DEFAULT_OWNER
+) -> IdempotencyKey | None:
+    """Return the key of a request; each owner may use one key once for each job and action."""
     if key is None:
         return None
-    return IdempotencyKey(owner=OWNER, route=f"POST /v1/jobs/{job_id}/{action}", key=key, body_sha256=body_sha256)
+    route = f"POST /v1/jobs/{job_id}/{action}"
+    return IdempotencyKey(owner=owner_of_keys(owner), route=route, key=key, body_sha256=body_sha256)

@@ -57,6 +57,24 @@ def test_an_idempotency_key_names_one_job(service, api):
     assert service.nudges == 1
 
 
+def test_two_owners_may_use_the_same_idempotency_key(service, api):
+    answers = {}
+    for owner in ("ada", "token", "grace"):
+        headers = {"Idempotency-Key": "one", "Syncbn-Owner": owner}
+        answers[owner] = api.post("/v1/jobs", json=spec_data(), headers=headers).json()
+        assert answers[owner]["owner"] == owner
+        again = api.post("/v1/jobs", json=spec_data(), headers=headers)
+        assert (again.json(), again.headers["Idempotent-Replayed"]) == (answers[owner], "true")
+    assert len({job["id"] for job in answers.values()}) == 3
+    assert {owner for owner, _, _ in service.store._keys} == {"token/ada", "token/token", "token/grace"}
+
+
+def test_keys_that_name_no_owner_are_known_as_ever(service, api):
+    for headers in ({}, {"Syncbn-Owner": "default"}):
+        api.post("/v1/jobs", json=spec_data(), headers={"Idempotency-Key": "one", **headers})
+    assert list(service.store._keys) == [("token", "POST /v1/jobs", "one")]
+
+
 def test_a_repeated_request_is_answered_as_the_first_was_whatever_would_be_refused_by_now(small, api):
     headers = {"Idempotency-Key": "one"}
     first = api.post("/v1/jobs", json=spec_data(workers=2), headers=headers)

@@ -152,6 +152,16 @@ def test_fork(service, api):
     )
 
 
+def test_each_owner_has_a_fork_of_his_own_for_a_key(service, api):
+    job_id = _with_checkpoints(service, 10)
+    forks = [
+        api.post(f"/v1/jobs/{job_id}/fork", json={}, headers={"Idempotency-Key": "one", "Syncbn-Owner": owner}).json()
+        for owner in ("ada", "grace", "ada")
+    ]
+    assert [fork["owner"] for fork in forks] == ["ada", "grace", "ada"]
+    assert forks[0]["id"] == forks[2]["id"] != forks[1]["id"]
+
+
 def test_a_fork_is_made_once_for_its_key_whatever_became_of_its_parent(service, api):
     job_id = _with_checkpoints(service, 10)
     headers = {"Idempotency-Key": "one"}

@@ -78,6 +78,12 @@ def update_attempt(connection: Connection, locked: LockedJob, number: int, **val
     connection.execute(sa.update(attempts).where(*_is(locked, number)), values)
 
 
+def is_timed(connection: Connection, locked: LockedJob, number: int) -> bool:
+    """Return whether it is known when an attempt began to run by its supervisor's own clock."""
+    query = sa.select(attempts.c.running_elapsed_s).where(*_is(locked, number))
+    return connection.execute(query).scalar_one() is not None
+
+
 def list_attempts(connection: Connection, job_id: str, number: int) -> tuple[Attempt, ...]:
     """Return the attempts of a job, in order."""
     rows = connection.execute(sa.select(attempts).where(attempts.c.job_number == number).order_by(attempts.c.number))

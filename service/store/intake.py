@@ -23,7 +23,7 @@ from service.domain.journal import (
     Warned,
 )
 from service.store import checkpoints, metrics, rollups
-from service.store.attempts import update_attempt
+from service.store.attempts import is_timed, update_attempt
 from service.store.columns import plain
 from service.store.jobs import LockedJob, failure_row
 from service.store.metrics import PointRow
@@ -73,6 +73,8 @@ class _Intake:
         self._number = attempt.number
         self._status = attempt.status
         self._running_at = attempt.running_at
+        # Else it may be, and is only looked up where it matters.
+        self._is_timed = attempt.ran_s > 0.0
         self._step = attempt.step or 0
         self._changes: dict[str, Any] = {}
         self._points: list[PointRow] = []
@@ -121,9 +123,24 @@ class _Intake:
             status=self._status,
             last_sequence=last.sequence,
             reported_at=last.time,
-            reported_elapsed_s=last.elapsed_s,
             **self._changes,
+            **self._clock(last),
         )
+
+    def _clock(self, last: JournalRecord) -> dict[str, float]:
+        """Return the columns by which it is told how long the attempt has run."""
+        if self._running_at is not None:
+            by_day_s = max(0.0, (last.time - self._running_at).total_seconds())
+            if not last.elapsed_s:
+                # Its supervisor is of an earlier version, and tells the time of day alone.
+                return {"running_elapsed_s": 0.0, "reported_elapsed_s": by_day_s}
+            if not (self._is_timed or is_timed(self._connection, self._locked, self._number)):
+                # It was running already when these columns were added.
+                return {
+                    "running_elapsed_s": max(0.0, last.elapsed_s - by_day_s),
+                    "reported_elapsed_s": last.elapsed_s,
+                }
+        return {"reported_elapsed_s": last.elapsed_s}
 
     def _take_resumed(self, report: Resumed, record: JournalRecord) -> None:
         self._write_points()
@@ -139,7 +156,7 @@ class _Intake:
     def _take_running(self, report: Running, record: JournalRecord) -> None:
         self._advance(AttemptStatus.RUNNING)
         if self._running_at is None:
-            self._running_at = record.time
+            self._running_at, self._is_timed = record.time, True
             self._changes.update(running_at=record.time, running_elapsed_s=record.elapsed_s)
         job = self._locked.job
         self._locked.change(num_steps=report.num_steps, started_at=job.started_at or record.time)

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from datetime import timedelta
 
 import alembic.command
 import pytest
@@ -12,11 +13,12 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from service.domain.errors import ServiceError, Unavailable
-from service.domain.job import JobStatus
+from service.domain.job import JobStatus, Outcome, Reason
+from service.domain.journal import JournalRecord
 from service.store import SqlStore, migrate
 from service.store.engine import create_engine
 from service.store.tables import metadata
-from tests.contract.store_examples import lead, make_spec
+from tests.contract.store_examples import lead, loss, make_spec, run
 from tests.fakes import naive_curves
 
 # As that version wrote it down.
@@ -173,6 +175,31 @@ def test_jobs_of_the_first_version_live_on(empty_url, monkeypatch):
         None,
     )
     store.close()
+
+
+@pytest.mark.parametrize(("clock_s", "ran_s"), [(100.0, [7.0, 9.0]), (4.0, [7.0 - 3.0, 9.0 - 3.0]), (None, [7.0, 9.0])])
+def test_an_attempt_that_runs_meanwhile_is_timed_from_then_on(database_url, store, clock_s, ran_s):
+    """By its supervisor's clock, which says so much at the next record, as far as that goes back; else by the day's."""
+    lease = lead(store)
+    job = run(store, lease)
+    engine = create_engine(database_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE attempts SET running_elapsed_s = NULL, reported_elapsed_s = NULL")
+    engine.dispose()
+    running_at = store.attempts(job.id)[0].running_at
+    told = []
+    for sequence, after_s in enumerate((7.0, 9.0), start=4):
+        record = JournalRecord(
+            sequence=sequence,
+            time=running_at + timedelta(seconds=after_s),
+            elapsed_s=0.0 if clock_s is None else clock_s + after_s - 7.0,
+            report=loss(sequence),
+        )
+        store.ingest(lease, job.id, 1, [record])
+        told.append(store.attempts(job.id)[0].ran_s)
+    assert told == ran_s
+    store.seal_attempt(lease, job.id, 1, outcome=Outcome.LOST, reason=Reason.NODE_LOST, failure=None)
+    assert store.get(job.id).running_s == ran_s[-1]
 
 
 def test_the_points_of_earlier_versions_are_rolled_up(empty_url, monkeypatch):

@@ -441,7 +441,9 @@ def measure_streams(url: str, directory: Path, size: Size) -> Iterator[Figure]:
         for job_id in [*alone, shared]:
             store.seal_attempt(lease, job_id, 1, outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, failure=None)
         answer = json.loads(clients.communicate(timeout=120)[0])
-        last = {job_id: store.feed(job_id, after=1 << 40).position for job_id in [*alone, shared]}
+        last = {
+            job_id: one.feed.position for job_id, one in store.follow(dict.fromkeys([*alone, shared], 1 << 40)).items()
+        }
     finally:
         api.stop()
         store.close()

@@ -440,7 +440,7 @@ class FakeJobStore:
                 return curves
             width *= 2
 
-    def feed(self, job_id: str, *, after: int = 0, limit: int = 1000) -> Feed:
+    def _feed(self, job_id: str, *, after: int, limit: int) -> Feed:
         with self._transaction():
             row = self._row(job_id)
             events = [event for event in row.events if event.position > after]
@@ -459,7 +459,7 @@ class FakeJobStore:
             found = {}
             for job_id, position in after.items():
                 if job_id in self._rows:
-                    job, feed = self._rows[job_id].job, self.feed(job_id, after=position, limit=share)
+                    job, feed = self._rows[job_id].job, self._feed(job_id, after=position, limit=share)
                     found[job_id] = Followed(
                         feed=feed,
                         has_more=feed.position < self._rows[job_id].position,

@@ -75,29 +75,8 @@ class Node:
     total: Resources
 
 
-def place_gang(
-    num_ranks: int, per_rank: Resources, free: Mapping[str, Resources], *, layout: Layout = "pack"
-) -> tuple[str, ...] | None:
-    """Choose a node for each rank; ranks of a node are consecutive.
-
-    Args:
-        num_ranks: ranks of the gang.
-        per_rank: what each needs.
-        free: what each node has left, by node id.
-        layout: ``pack`` on as few nodes as possible, or ``spread`` over as many as possible.
-
-    Returns:
-        The node id of each rank, or None if they do not all fit now.
-    """
-    room = {node_id: amount.holds(per_rank) for node_id, amount in free.items()}
-    if sum(room.values()) < num_ranks:
-        return None
-    chosen = choose_nodes(num_ranks, room, layout)
-    return tuple(node_id for node_id, count in chosen for _ in range(count))
-
-
 def choose_nodes(num_ranks: int, room: Mapping[str, int], layout: Layout) -> list[tuple[str, int]]:
-    """Choose how many ranks of a gang go to which node; a function of its arguments, whatever their order.
+    """Choose how many ranks of a gang go to which node, those of a node together; whatever the order of the nodes.
 
     Args:
         num_ranks: ranks of the gang.

@@ -270,10 +270,6 @@ class JobStore(Protocol):
         """
         ...
 
-    def feed(self, job_id: str, *, after: int = 0, limit: int = 1000) -> Feed:
-        """Return events and metric points after a position, for a stream. Raises ``NotFound``."""
-        ...
-
     def follow(self, after: Mapping[str, int], *, limit: int = 10_000) -> Mapping[str, Followed]:
         """Return what the feeds of many jobs hold after a position of each, all of it as of one moment.
 

@@ -28,11 +28,6 @@ def _in_postgresql(element: unix_now, compiler: SQLCompiler, **_: Any) -> str:  
     return "CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS DOUBLE PRECISION)"
 
 
-def read_unix_clock(connection: Connection) -> float:
-    """Return the database's time in seconds since 1970."""
-    return float(connection.execute(sa.select(unix_now())).scalar_one())
-
-
 def read_clock(connection: Connection) -> datetime:
     """Return the database's time."""
-    return datetime.fromtimestamp(read_unix_clock(connection), UTC)
+    return datetime.fromtimestamp(connection.execute(sa.select(unix_now())).scalar_one(), UTC)

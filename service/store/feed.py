@@ -31,29 +31,11 @@ def list_events(connection: Connection, number: int, *, after: int, limit: int) 
     return tuple(_event_of(row) for row in connection.execute(query))
 
 
-def read_feed(connection: Connection, number: int, *, after: int, limit: int) -> Feed:
-    """Return what follows a position: at most ``limit`` events and reports, each report with all its points.
+def follow(connection: Connection, after: Mapping[str, int], limit: int) -> dict[str, Followed]:
+    """Return what the feeds of many jobs hold after a position of each, in as few statements as for one.
 
     Points that were superseded since are left out; the event ``resumed`` tells those who have seen them.
     """
-    of_events = sa.select(events.c.position).where(events.c.job_number == number, events.c.position > after)
-    of_points = (
-        sa.select(metrics.c.position)
-        .distinct()
-        .where(metrics.c.job_number == number, metrics.c.position > after, ~metrics.c.superseded)
-    )
-    ranges = [query.order_by(sa.column("position")).limit(limit).subquery() for query in (of_events, of_points)]
-    union = sa.union_all(*(sa.select(found.c.position) for found in ranges)).subquery()
-    positions = connection.execute(sa.select(union.c.position).order_by(union.c.position).limit(limit)).scalars().all()
-    if len(positions) < limit:
-        last = connection.execute(sa.select(jobs.c.position).where(jobs.c.number == number)).scalar_one()
-    else:
-        last = positions[-1]
-    return _read_ranges(connection, {number: range(after + 1, last + 1)})[number]
-
-
-def follow(connection: Connection, after: Mapping[str, int], limit: int) -> dict[str, Followed]:
-    """Return what the feeds of many jobs hold after a position of each, in as few statements as for one."""
     ids = sorted(after)
     rows = [
         row

@@ -122,7 +122,6 @@ class _Intake:
             self._number,
             status=self._status,
             last_sequence=last.sequence,
-            reported_at=last.time,
             **self._changes,
             **self._clock(last),
         )

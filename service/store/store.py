@@ -27,7 +27,6 @@ from service.domain.journal import JournalRecord
 from service.domain.placement import Node
 from service.domain.ports import (
     ClusterSnapshot,
-    Feed,
     Followed,
     HeldBack,
     IdempotencyKey,
@@ -214,11 +213,6 @@ class SqlStore(JobStore, SchedulerStore, UploadStore):
                 to_step=MAX_STEP if to_step is None else to_step,
                 max_points=max_points,
             )
-
-    @override
-    def feed(self, job_id: str, *, after: int = 0, limit: int = 1000) -> Feed:
-        with self._database.reading() as connection:
-            return feed.read_feed(connection, jobs.find_number(connection, job_id), after=after, limit=limit)
 
     @override
     def follow(self, after: Mapping[str, int], *, limit: int = 10_000) -> Mapping[str, Followed]:

@@ -116,10 +116,9 @@ attempts = sa.Table(
     sa.Column("failure", Json),
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("running_at", UtcDateTime),
-    # Of the last record taken in: the last proof that it was alive.
-    sa.Column("reported_at", UtcDateTime),
-    # The same two moments by its supervisor's monotonic clock.
+    # The same by its supervisor's monotonic clock.
     sa.Column("running_elapsed_s", sa.Double),
+    # Of the last record taken in: the last proof that it was alive.
     sa.Column("reported_elapsed_s", sa.Double),
     sa.Column("ended_at", UtcDateTime),
     # Where the next attempt goes, if this one was asked to stop to be resized.

@@ -14,7 +14,7 @@ from service.domain.journal import (
     Resumed,
     Running,
 )
-from service.domain.ports import IdempotencyKey, Lease
+from service.domain.ports import Feed, IdempotencyKey, Lease
 from service.domain.spec import JobSpec, parse_spec
 
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -47,6 +47,11 @@ def lead(store, holder: str = "scheduler-1") -> Lease:
 def is_led(store) -> bool:
     """Whether somebody has the lease."""
     return store.read_lease().holder is not None
+
+
+def feed_of(store, job_id: str, *, after: int = 0, limit: int = 10_000) -> Feed:
+    """What the feed of a job holds after a position."""
+    return store.follow({job_id: after}, limit=limit)[job_id].feed
 
 
 def records(*reports: Report, first: int = 1) -> list[JournalRecord]:

@@ -7,8 +7,20 @@ import pytest
 from service.domain.errors import IdempotencyConflict, InvalidCursor, InvalidSpec, InvalidTransition, NotFound
 from service.domain.job import AttemptStatus, JobStatus, Outcome, Reason
 from service.domain.journal import Metrics, Resumed
-from service.domain.ports import ClusterSnapshot
-from tests.contract.store_examples import checkpoint, ended, lead, loss, make_key, make_spec, records, run, start, steps
+from service.domain.ports import ClusterSnapshot, Feed
+from tests.contract.store_examples import (
+    checkpoint,
+    ended,
+    feed_of,
+    lead,
+    loss,
+    make_key,
+    make_spec,
+    records,
+    run,
+    start,
+    steps,
+)
 
 
 def test_a_submitted_job_is_queued_and_is_what_was_submitted(store):
@@ -74,7 +86,6 @@ def test_what_does_not_exist_is_not_found(store):
         store.attempts,
         store.events,
         store.metrics,
-        store.feed,
         store.checkpoints,
     ):
         with pytest.raises(NotFound, match="job-none"):
@@ -247,7 +258,7 @@ def test_a_value_comes_back_bit_for_bit(store):
 def test_a_feed_has_events_and_points_in_one_order_and_is_read_page_by_page(store):
     lease = lead(store)
     job = run(store, lease, *(Metrics.of(step, {"train/loss": 1.0, "train/lr": 0.1}) for step in range(1, 6)))
-    whole = store.feed(job.id)
+    whole = feed_of(store, job.id)
     assert whole.events == store.events(job.id)
     assert len(whole.points) == 10
     # The points of one report share a place; everything else has its own.
@@ -256,7 +267,7 @@ def test_a_feed_has_events_and_points_in_one_order_and_is_read_page_by_page(stor
 
     events, points, position = [], [], 0
     while True:
-        page = store.feed(job.id, after=position, limit=2)
+        page = feed_of(store, job.id, after=position, limit=2)
         if page.position == position:
             break
         assert page.events or page.points
@@ -271,10 +282,10 @@ def test_a_feed_has_events_and_points_in_one_order_and_is_read_page_by_page(stor
 def test_a_feed_that_was_read_to_its_end_is_empty_until_something_happens(store):
     lease = lead(store)
     job = run(store, lease, loss(1))
-    end = store.feed(job.id).position
-    assert store.feed(job.id, after=end) == type(store.feed(job.id))(events=(), points=(), position=end)
+    end = feed_of(store, job.id).position
+    assert feed_of(store, job.id, after=end) == Feed(events=(), points=(), position=end)
     store.ingest(lease, job.id, 1, records(loss(2), first=5))
-    assert steps(store.feed(job.id, after=end).points) == [2]
+    assert steps(feed_of(store, job.id, after=end).points) == [2]
 
 
 def test_a_feed_read_late_leaves_out_what_was_superseded(store):
@@ -282,7 +293,7 @@ def test_a_feed_read_late_leaves_out_what_was_superseded(store):
     job = run(store, lease, loss(1), checkpoint(1), loss(2), loss(3))
     store.seal_attempt(lease, job.id, 1, outcome=Outcome.LOST, reason=Reason.NODE_LOST, failure=None)
     run(store, lease, loss(2), job=job, resume=1)
-    feed = store.feed(job.id)
+    feed = feed_of(store, job.id)
     assert [(point.step, point.attempt) for point in feed.points] == [(1, 1), (2, 2)]
     assert [event.data["step"] for event in feed.events if event.kind == "resumed"] == [0, 1]
 
@@ -348,9 +359,12 @@ def test_many_feeds_are_followed_at_once_each_from_its_own_position(store):
     store.seal_attempt(lease, done.id, 1, outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, failure=None)
     found = store.follow({busy.id: 3, idle.id: 1, done.id: 0, "job-none": 0})
     assert found.keys() == {busy.id, idle.id, done.id}
-    assert (found[busy.id].feed, found[busy.id].has_more) == (store.feed(busy.id, after=3), False)
-    assert (found[idle.id].feed, found[idle.id].has_more) == (store.feed(idle.id, after=1), False)
-    assert found[done.id].feed == store.feed(done.id)
+    assert found[busy.id].feed.points == feed_of(store, busy.id).points
+    assert found[busy.id].feed.events == store.events(busy.id, after=3)
+    assert found[idle.id].feed == Feed(events=(), points=(), position=1)
+    assert found[done.id].feed.events == store.events(done.id)
+    assert steps(found[done.id].feed.points) == [1]
+    assert not any(one.has_more for one in found.values())
     assert found[done.id].message == store.get(done.id).message
     assert [found[job.id].status for job in (busy, idle, done)] == ["running", "queued", "succeeded"]
     assert store.follow({}) == {}
@@ -367,8 +381,8 @@ def test_a_feed_is_followed_in_pages_that_miss_nothing(store):
         after = {job_id: one.feed.position for job_id, one in found.items()}
         if not any(one.has_more for one in found.values()):
             break
-    assert tuple(told) == store.feed(long.id, limit=10_000).points
-    assert after[long.id] == store.feed(long.id, limit=10_000).position
+    assert tuple(told) == feed_of(store, long.id).points
+    assert after[long.id] == feed_of(store, long.id).position
     assert after[short.id] == 1
 
 

@@ -28,6 +28,7 @@ from tests.contract.store_examples import (
     START,
     checkpoint,
     ended,
+    feed_of,
     lead,
     loss,
     make_spec,
@@ -277,10 +278,10 @@ def test_running_does_not_undo_stopping(store):
 def test_known_records_are_skipped(store):
     lease = lead(store)
     job = run(store, lease, loss(1))
-    before = store.feed(job.id)
+    before = feed_of(store, job.id)
     reports = [Launched(supervisor_pid=1), Resumed(step=0), Running(num_steps=100), loss(1), loss(2)]
     store.ingest(lease, job.id, 1, records(*reports[:4]))
-    assert store.feed(job.id) == before
+    assert feed_of(store, job.id) == before
     store.ingest(lease, job.id, 1, records(*reports[2:], first=3))
     assert steps(store.metrics(job.id)) == [1, 2]
     store.ingest(lease, job.id, 1, [])
@@ -290,12 +291,12 @@ def test_known_records_are_skipped(store):
 def test_a_gap_is_refused_and_nothing_is_taken(store):
     lease = lead(store)
     job = run(store, lease)
-    before = (store.get(job.id), store.feed(job.id), store.attempts(job.id))
+    before = (store.get(job.id), feed_of(store, job.id), store.attempts(job.id))
     with pytest.raises(ValueError, match="5"):
         store.ingest(lease, job.id, 1, records(loss(1), first=5))
     with pytest.raises(ValueError, match="6"):
         store.ingest(lease, job.id, 1, [*records(loss(1), first=4), *records(loss(2), first=6)])
-    assert (store.get(job.id), store.feed(job.id), store.attempts(job.id)) == before
+    assert (store.get(job.id), feed_of(store, job.id), store.attempts(job.id)) == before
 
 
 def test_only_the_current_attempt_is_taken_from(store):
@@ -303,7 +304,7 @@ def test_only_the_current_attempt_is_taken_from(store):
     job = run(store, lease)
     seal(store, lease, job)
     start(store, lease, job=job)
-    before = (store.get(job.id), store.feed(job.id), store.attempts(job.id))
+    before = (store.get(job.id), feed_of(store, job.id), store.attempts(job.id))
     for number in (0, 1, 3):
         with pytest.raises(StaleWrite):
             store.ingest(lease, job.id, number, records(loss(9), first=4))
@@ -311,7 +312,7 @@ def test_only_the_current_attempt_is_taken_from(store):
             store.mark_stopping(lease, job.id, number, Reason.CANCEL_REQUESTED)
         with pytest.raises(StaleWrite):
             store.mark_resizing(lease, job.id, number, node_ids=["n"], message="")
-    assert (store.get(job.id), store.feed(job.id), store.attempts(job.id)) == before
+    assert (store.get(job.id), feed_of(store, job.id), store.attempts(job.id)) == before
 
 
 def test_nothing_is_taken_from_a_sealed_attempt(store):
@@ -467,10 +468,10 @@ def test_sealing_twice_changes_nothing(store):
     lease = lead(store)
     job = run(store, lease)
     sealed = seal(store, lease, job)
-    before = (store.feed(job.id), store.attempts(job.id))
+    before = (feed_of(store, job.id), store.attempts(job.id))
     again = store.seal_attempt(lease, job.id, 1, outcome=Outcome.FAILED, reason=Reason.USER_ERROR, failure=FAILURE)
     assert again == sealed
-    assert (store.feed(job.id), store.attempts(job.id)) == before
+    assert (feed_of(store, job.id), store.attempts(job.id)) == before
 
 
 def test_a_lost_attempt_is_retried_within_the_budget(store):
@@ -645,7 +646,7 @@ def test_every_step_is_shown_once_whatever_is_lost_and_repeated(store, seed, che
 
 def follow(store, job_id, position, seen):
     """Read a feed to its end as a client does: what comes is shown, what a resume takes back is removed."""
-    while (page := store.feed(job_id, after=position, limit=3)).position != position:
+    while (page := feed_of(store, job_id, after=position, limit=3)).position != position:
         for item in sorted([*page.events, *page.points], key=lambda item: item.position):
             if hasattr(item, "name"):
                 seen[item.name, item.step] = item.value

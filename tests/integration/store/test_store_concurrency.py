@@ -14,7 +14,7 @@ from service.domain.job import JobStatus, Origin, Outcome, Reason
 from service.domain.queue import Queue
 from service.store import SqlStore
 from service.store.engine import create_engine
-from tests.contract.store_examples import checkpoint, lead, loss, make_key, make_spec, records, run
+from tests.contract.store_examples import checkpoint, feed_of, lead, loss, make_key, make_spec, records, run
 from tests.fakes import wait_for
 
 
@@ -195,7 +195,7 @@ def test_a_follower_misses_nothing_of_what_several_write(store):
         places, position = [], 0
         while True:
             last_look = done.is_set()
-            page = store.feed(job_id, after=position, limit=5)
+            page = feed_of(store, job_id, after=position, limit=5)
             places += sorted({item.position for item in (*page.events, *page.points)})
             if page.position == position and last_look:
                 return places
@@ -208,7 +208,7 @@ def test_a_follower_misses_nothing_of_what_several_write(store):
         finally:
             done.set()
         for job, places in zip(jobs, reading, strict=True):
-            assert places.result(timeout=30) == list(range(1, store.feed(job.id).position + 1))
+            assert places.result(timeout=30) == list(range(1, feed_of(store, job.id).position + 1))
 
 
 def test_sealing_and_taking_in_at_once_leave_a_whole_journal(store):
@@ -295,7 +295,7 @@ def test_a_follower_of_a_held_write_sees_all_of_it_or_nothing(database_url, stor
     """A position is taken under the job's lock: what commits later has a greater one."""
     lease = lead(store)
     job = run(store, lease)
-    before = store.feed(job.id)
+    before = feed_of(store, job.id)
     engine = create_engine(database_url)
     with engine.connect() as connection:
         connection.execution_options(sqlite_begin="IMMEDIATE")
@@ -303,8 +303,8 @@ def test_a_follower_of_a_held_write_sees_all_of_it_or_nothing(database_url, stor
             connection.exec_driver_sql("UPDATE jobs SET position = position")  # as the first part of a write
             with ThreadPoolExecutor(1) as pool:
                 late = pool.submit(store.ingest, lease, job.id, 1, records(loss(1), first=4))
-                assert store.feed(job.id) == before
+                assert feed_of(store, job.id) == before
                 connection.commit()
                 late.result(timeout=30)
-    assert store.feed(job.id).position == before.position + 1
+    assert feed_of(store, job.id).position == before.position + 1
     engine.dispose()

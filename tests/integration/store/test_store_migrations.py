@@ -18,7 +18,7 @@ from service.domain.journal import JournalRecord
 from service.store import SqlStore, migrate
 from service.store.engine import create_engine
 from service.store.tables import metadata
-from tests.contract.store_examples import lead, loss, make_spec, run
+from tests.contract.store_examples import feed_of, lead, loss, make_spec, run
 from tests.fakes import naive_curves
 
 # As that version wrote it down.
@@ -232,7 +232,7 @@ def test_the_points_of_earlier_versions_are_rolled_up(empty_url, monkeypatch):
     for job in jobs[:2]:
         points = store.metrics(job.id)
         assert len(points) == 200 - 50 + 2950 + sum(step % 100 == 0 for step in (100, *range(151, 9000, 3)))
-        assert store.feed(job.id, after=100, limit=1).points[0].step == 100
+        assert feed_of(store, job.id, after=100, limit=1).points[0].step == 100
         for max_points in (2, 10, 100, 500):
             curves = store.curves(job.id, max_points=max_points)
             width = curves["train/loss"].bucket_steps

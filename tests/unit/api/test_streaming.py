@@ -10,6 +10,7 @@ import pytest
 from httpx_sse import connect_sse
 
 from service.domain.journal import Metrics
+from tests.contract.store_examples import feed_of
 from tests.fakes import FakeService, wait_for
 
 
@@ -172,7 +173,7 @@ def test_streams_of_one_job_share_what_is_read_and_each_gets_every_message(servi
     service.scheduler.end(job.id)
     for reader in readers:
         reader.join(timeout=10)
-    last = service.store.feed(job.id).position
+    last = feed_of(service.store, job.id).position
     assert told == {number: [str(at) for at in range(10 * number + 1, last + 1)] for number in range(8)}
 
 

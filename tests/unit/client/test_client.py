@@ -27,6 +27,7 @@ from service.domain.errors import FieldProblem, Unavailable
 from service.domain.job import JobStatus, Outcome, Reason
 from service.domain.placement import Node, Resources
 from service.domain.spec import JobSpec
+from tests.contract.store_examples import feed_of
 from tests.fakes import FakeService, spec
 
 
@@ -270,7 +271,7 @@ def test_stream(service, client):
     job = service.submit()
     run_slowly(service, job.id, 3, 0)
     items = list(client.stream(job.id))
-    feed = service.store.feed(job.id)
+    feed = feed_of(service.store, job.id)
     assert sorted(items, key=lambda item: item.position) == items
     assert [item for item in items if item in feed.events] == list(feed.events)
     assert [item for item in items if item in feed.points] == list(feed.points)
@@ -292,7 +293,7 @@ def test_a_stream_outlasts_restarts_without_a_gap(service, client):
             service.stop()
             service.start()
     runner.join()
-    feed = service.store.feed(job.id)
+    feed = feed_of(service.store, job.id)
     everything = sorted([*feed.events, *feed.points], key=lambda item: (item.position, getattr(item, "name", "")))
     assert restarts == 2
     assert items == everything

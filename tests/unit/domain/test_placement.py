@@ -7,7 +7,8 @@ from itertools import combinations, groupby
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from service.domain.placement import Node, Resources, place_gang, why_not
+from service.domain.placement import Node, Resources, why_not
+from tests.unit.domain.scheduling.examples import place_gang
 
 # Tenths of a CPU: sums of such shares are where floating point misleads.
 _tenths = st.integers(1, 40).map(lambda tenths: tenths / 10)

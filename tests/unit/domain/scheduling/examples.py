@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 
-from service.domain.placement import Node, Resources
+from service.domain.placement import Node, Resources, choose_nodes
 from service.domain.scheduling import Active, Pending
 
 _sequences = itertools.count(1)
@@ -58,6 +58,14 @@ def make_active(
 
 def make_node(name, cpus, gpus=0, memory_bytes=2**40):
     return Node(id=name, address="", total=Resources(cpus=cpus, gpus=gpus, memory_bytes=memory_bytes))
+
+
+def place_gang(num_ranks, per_rank, free):
+    """The node of each rank; None if they do not all fit what each node has left: the slow, obvious way."""
+    room = {node_id: amount.holds(per_rank) for node_id, amount in free.items()}
+    if sum(room.values()) < num_ranks:
+        return None
+    return tuple(node_id for node_id, count in choose_nodes(num_ranks, room, "pack") for _ in range(count))
 
 
 def running(start, pending, **changes):

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from service.domain.placement import place_gang
 from service.domain.scheduling import Cause, decide
 from tests.unit.domain.scheduling.examples import (
     is_over_committed,
@@ -15,6 +14,7 @@ from tests.unit.domain.scheduling.examples import (
     make_pending,
     messages,
     names,
+    place_gang,
     running,
 )
 

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.domain.placement import place_gang
 from service.domain.queue import Queue, Quota
 from service.domain.scheduling import decide
 from service.domain.scheduling.room import Room
@@ -17,6 +16,7 @@ from tests.unit.domain.scheduling.examples import (
     make_node,
     make_pending,
     names,
+    place_gang,
     running,
     sizes,
 )

@@ -7,9 +7,15 @@ from itertools import combinations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.domain.placement import place_gang
 from service.domain.scheduling import decide
-from tests.unit.domain.scheduling.examples import make_active, make_node, make_pending, names, sizes
+from tests.unit.domain.scheduling.examples import (
+    make_active,
+    make_node,
+    make_pending,
+    names,
+    place_gang,
+    sizes,
+)
 
 
 def _victims(decision):

@@ -122,8 +122,7 @@ class _Intake:
             self._number,
             status=self._status,
             last_sequence=last.sequence,
-            **self._changes,
-            **self._clock(last),
+            **(self._changes | self._clock(last)),
         )
 
     def _clock(self, last: JournalRecord) -> dict[str, float]:

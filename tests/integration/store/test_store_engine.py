@@ -7,9 +7,10 @@ import sqlalchemy as sa
 
 from service.domain.errors import NotFound, Unavailable
 from service.domain.job import JobStatus
+from service.domain.journal import Launched, Resumed, Running
 from service.store import SqlStore, migrate
 from service.store.engine import Database, create_engine
-from tests.contract.store_examples import lead, loss, make_spec, records, run
+from tests.contract.store_examples import lead, loss, make_spec, records, run, start
 
 FULL, EXTRA = 2, 3
 
@@ -179,3 +180,19 @@ def test_a_job_that_would_be_refused_by_now_stops_nobody(store, database_url):
     assert [job.id for job in store.list_jobs().jobs] == [queued.id, job_id]
     assert [job.id for job in store.queued_jobs()] == [queued.id]
     assert [entry.job.spec for entry in store.live_attempts()] == [spec]
+
+
+def test_a_supervisor_that_tells_the_time_of_day_alone_is_timed_by_it(tmp_path):
+    """Those of earlier versions do."""
+    url = f"sqlite:///{tmp_path / 'db'}"
+    migrate(url)
+    store = SqlStore(url)
+    lease = lead(store)
+    job = start(store, lease)
+    journal = records(Launched(supervisor_pid=1), Resumed(step=0), Running(num_steps=10), loss(1), loss(2))
+    untimed = [record.model_copy(update={"elapsed_s": 0.0}) for record in journal]
+    store.ingest(lease, job.id, 1, untimed[:4])
+    assert store.attempts(job.id)[0].ran_s == 1.0
+    store.ingest(lease, job.id, 1, untimed)
+    assert store.attempts(job.id)[0].ran_s == 2.0
+    store.close()

@@ -49,17 +49,17 @@ def _prepare_head(guard_pid: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
-def _reap(head_pid: int) -> int | None:
+def _reap(head_pid: int | None) -> int | None:
     """Bury whatever has ended; return the head's exit status if it has."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             return None
-        if pid == head_pid:
-            return os.waitstatus_to_exitcode(status)
         if pid == 0:
             return None
+        if pid == head_pid:
+            return os.waitstatus_to_exitcode(status)
 
 
 def _end_descendants() -> None:
@@ -70,7 +70,7 @@ def _end_descendants() -> None:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
-        _reap(0)
+        _reap(None)
         time.sleep(_RECHECK_S)
 
 

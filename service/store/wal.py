@@ -76,5 +76,5 @@ class WalCheckpoints:
             finally:
                 connection.close()
         except (DBAPIError, PoolTimeout, self._engine.dialect.loaded_dbapi.Error) as error:
-            # A full disk, perhaps; whoever writes next meets it as well, and says so.
-            logger.debug("The write-ahead log could not be carried over: %s", error)
+            # A full disk, perhaps. Nothing is lost: the log has it, and grows until this can be done.
+            logger.warning("The write-ahead log could not be carried over, will try again: %s", error)
